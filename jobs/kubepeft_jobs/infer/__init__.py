@@ -1,0 +1,1 @@
+"""Batch inference: input lines to requests (`requests`), requests to completions (`engine`, `decode`)."""

@@ -1,0 +1,3 @@
+module kubepeft.io/tests/cluster/pause
+
+go 1.26.0
