@@ -15,7 +15,11 @@ from tests.cluster.control_plane import ControlPlane
 from tests.operator.faults import Answer, ApiProxy, Request
 from tests.operator.runtime.parts import CONFIG_MAPS, config_map, eventually
 
-NOW = datetime.now(UTC)
+
+@pytest.fixture
+def now() -> datetime:
+    """Of the test, not of its module's import: what is ten minutes old is forgotten."""
+    return datetime.now(UTC)
 
 
 @pytest.fixture
@@ -40,9 +44,9 @@ def dropped(why: str) -> float:
 
 
 def test_a_person_sees_the_event_beside_the_object(
-    events: Events, regarding: Object, api: Api, namespace: str, control_plane: ControlPlane
+    events: Events, regarding: Object, api: Api, namespace: str, control_plane: ControlPlane, now: datetime
 ) -> None:
-    events.emit(regarding, "Warning", "Unschedulable", "0/3 nodes have enough GPUs", NOW)
+    events.emit(regarding, "Warning", "Unschedulable", "0/3 nodes have enough GPUs", now)
     eventually(lambda: sent(api, namespace))
     [event] = sent(api, namespace)
     assert event["regarding"]["uid"] == regarding["metadata"]["uid"]
@@ -53,12 +57,12 @@ def test_a_person_sees_the_event_beside_the_object(
 
 
 def test_the_same_again_is_a_count_and_another_message_is_another_event(
-    events: Events, regarding: Object, api: Api, namespace: str, proxy: ApiProxy
+    events: Events, regarding: Object, api: Api, namespace: str, proxy: ApiProxy, now: datetime
 ) -> None:
     for minute in range(3):
-        events.emit(regarding, "Normal", "Waiting", "for a GPU", NOW + timedelta(minutes=minute))
-        events.emit(regarding, "Normal", "Waiting", "for a GPU", NOW + timedelta(minutes=minute, seconds=1))
-    events.emit(regarding, "Normal", "Waiting", "for an image", NOW)
+        events.emit(regarding, "Normal", "Waiting", "for a GPU", now + timedelta(minutes=minute))
+        events.emit(regarding, "Normal", "Waiting", "for a GPU", now + timedelta(minutes=minute, seconds=1))
+    events.emit(regarding, "Normal", "Waiting", "for an image", now)
     events.stop(5)
     notes = {event["note"]: event.get("series", {}).get("count") for event in sent(api, namespace)}
     assert notes == {"for a GPU": 5, "for an image": None}  # the sixth waits for the next minute
@@ -69,12 +73,12 @@ def test_the_same_again_is_a_count_and_another_message_is_another_event(
 
 
 def test_an_event_whose_answer_was_lost_is_sent_once(
-    events: Events, regarding: Object, api: Api, namespace: str, proxy: ApiProxy
+    events: Events, regarding: Object, api: Api, namespace: str, proxy: ApiProxy, now: datetime
 ) -> None:
     answers = [Answer(forwarded=True, cut=True)]
     before = dropped("AlreadyExists")
     proxy.rule = lambda request: answers.pop() if answers else None
-    events.emit(regarding, "Normal", "Waiting", "for a GPU", NOW)
+    events.emit(regarding, "Normal", "Waiting", "for a GPU", now)
     events.stop(5)
     assert [event["reason"] for event in sent(api, namespace)] == ["Waiting"]
     assert len(proxy.requests) == 2
@@ -95,35 +99,35 @@ def test_a_count_that_nothing_follows_is_written_later(
 
 
 def test_a_count_on_an_event_that_has_been_forgotten_makes_a_new_one(
-    events: Events, regarding: Object, api: Api, namespace: str
+    events: Events, regarding: Object, api: Api, namespace: str, now: datetime
 ) -> None:
-    events.emit(regarding, "Normal", "Waiting", "for a GPU", NOW)
+    events.emit(regarding, "Normal", "Waiting", "for a GPU", now)
     eventually(lambda: sent(api, namespace))
     api.delete(EVENTS, namespace, sent(api, namespace)[0]["metadata"]["name"])
-    events.emit(regarding, "Normal", "Waiting", "for a GPU", NOW + timedelta(minutes=2))
+    events.emit(regarding, "Normal", "Waiting", "for a GPU", now + timedelta(minutes=2))
     eventually(lambda: sent(api, namespace))
 
 
 def test_a_long_message_is_cut_to_what_the_api_server_takes(
-    events: Events, regarding: Object, api: Api, namespace: str
+    events: Events, regarding: Object, api: Api, namespace: str, now: datetime
 ) -> None:
-    events.emit(regarding, "Warning", "Failed", "ü" * 5000, NOW)
+    events.emit(regarding, "Warning", "Failed", "ü" * 5000, now)
     eventually(lambda: sent(api, namespace))
     assert sent(api, namespace)[0]["note"] == "ü" * 510 + "…"  # 1,023 bytes
 
 
 def test_an_api_server_that_does_not_answer_holds_nobody_up(
-    events: Events, regarding: Object, api: Api, namespace: str, proxy: ApiProxy
+    events: Events, regarding: Object, api: Api, namespace: str, proxy: ApiProxy, now: datetime
 ) -> None:
     proxy.silence()
     started = time.monotonic()
     for number in range(1000):
-        events.emit(regarding, "Normal", "Step", f"number {number}", NOW)
+        events.emit(regarding, "Normal", "Step", f"number {number}", now)
     assert time.monotonic() - started < 0.5
 
 
 def test_errors_that_pass_are_tried_again_and_others_dropped(
-    events: Events, regarding: Object, api: Api, namespace: str, proxy: ApiProxy
+    events: Events, regarding: Object, api: Api, namespace: str, proxy: ApiProxy, now: datetime
 ) -> None:
     answers = [Answer(500), Answer(429), Answer(403, body=b'{"reason":"Forbidden"}')]
     before = dropped("Forbidden")
@@ -132,18 +136,18 @@ def test_errors_that_pass_are_tried_again_and_others_dropped(
         return answers.pop(0) if answers else None
 
     proxy.rule = rule
-    events.emit(regarding, "Normal", "First", "refused for good at the third try", NOW)
-    events.emit(regarding, "Normal", "Second", "arrives", NOW)
+    events.emit(regarding, "Normal", "First", "refused for good at the third try", now)
+    events.emit(regarding, "Normal", "Second", "arrives", now)
     eventually(lambda: sent(api, namespace), 5)
     assert [event["reason"] for event in sent(api, namespace)] == ["Second"]
     assert dropped("Forbidden") == before + 1
 
 
 def test_stopping_sends_what_waits_but_not_for_ever(
-    events: Events, regarding: Object, api: Api, namespace: str, proxy: ApiProxy
+    events: Events, regarding: Object, api: Api, namespace: str, proxy: ApiProxy, now: datetime
 ) -> None:
     for number in range(20):
-        events.emit(regarding, "Normal", "Step", f"number {number}", NOW)
+        events.emit(regarding, "Normal", "Step", f"number {number}", now)
     events.stop(5)
     assert len(sent(api, namespace)) == 20
     stuck = Events(api, "kubepeft.io/test", "pod-1")
