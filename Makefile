@@ -26,15 +26,16 @@ $(UV):
 demo: setup ## Fine-tune a small model on this machine and answer prompts with it (about three minutes after setup)
 	@$(PY) examples/quickstart/demo.py
 
-test: setup programs lint ## Check everything but make e2e: lint, types, tests on real servers
-	@echo "── tests (three quarters of an hour on two cores)"
-	@$(PY) -m pytest
+test: setup programs lint ## Check everything: lint, types, tests on real servers, FineTunes in real pods (see e2e)
+	@echo "── tests (an hour on two cores): those of the jobs and the others side by side, then end to end"
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 test-jobs test-others
+	@$(MAKE) --no-print-directory e2e
 
 test-jobs: setup ## Of the tests, those of prepare, train and infer
-	@$(PY) -m pytest tests/jobs
+	@$(PY) -m pytest tests/jobs | sed --unbuffered 's/^/jobs    /'
 
 test-others: setup programs ## Of the tests, those of types, storage, operator, chart and the test bed
-	@$(PY) -m pytest tests/api tests/storage tests/operator tests/chart tests/cluster
+	@$(PY) -m pytest tests/api tests/storage tests/operator tests/chart tests/cluster | sed --unbuffered 's/^/others  /'
 
 e2e: setup programs ## The chart, the images and real pods on a real one-node Kubernetes (Linux, root; half an hour, 30 GB of disk)
 	@echo "── end to end: images, chart and pods on a one-node Kubernetes"

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from kubepeft.types.status import Phase
 from kubepeft_operator.decision import Ended
-from kubepeft_operator.job import Object
+from kubepeft_operator.job import Object, StageName
 from kubepeft_operator.runtime.cache import Cache
 
 PHASES = get_args(Phase)
@@ -25,6 +25,14 @@ RAN = Histogram("kubepeft_stage_duration_seconds", "How long pods of a stage ran
 WAITED = Histogram("kubepeft_stage_queue_seconds", "How long pods of a stage waited to start", ["stage"], buckets=LONG)
 GPU_SECONDS = Counter("kubepeft_gpu_seconds", "GPU seconds of pods that ended", ["stage"])
 LIVED = Histogram("kubepeft_run_duration_seconds", "From start to end of an object", ["kind", "outcome"], buckets=LONG)
+
+for _reason in ("OOMKilled", "Evicted", "Disrupted", "Killed", "StartFailed", "ExitCode", "PodLost"):
+    # Foreseen, so they begin at 0: Prometheus sees no increase in a counter that is born at 1.
+    for _stage in get_args(StageName):
+        ATTEMPTS.labels(_stage, "Failed", _reason)
+    for _kind in ("FineTune", "BatchInference"):
+        OUTCOMES.labels(_kind, "Failed", _reason)
+        OUTCOMES.labels(_kind, "Succeeded", "Succeeded")
 
 PHASE_INDEX, STALLED_INDEX = "phase", "stalled"
 

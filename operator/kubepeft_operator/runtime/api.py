@@ -7,7 +7,6 @@ watch stay out of it: they take several times the time and memory, and the watch
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import quote, urlencode, urlsplit
 
+import orjson
 import urllib3
 from kubernetes.client.configuration import Configuration
 from kubernetes.client.rest import RESTClientObject
@@ -127,7 +127,7 @@ class Watch:
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     if line:
-                        event = json.loads(line)
+                        event = orjson.loads(line)
                         if event["type"] == "ERROR":
                             raise _error(event["object"].get("code", 500), event["object"], None)
                         yield event
@@ -342,7 +342,7 @@ class Api:
         response = self._send(verb, method, resource, path, query, body, content_type, subresource=subresource)
         DURATION.labels(verb).observe(time.monotonic() - started)
         try:
-            answer: Object = json.loads(response.data)
+            answer: Object = orjson.loads(response.data)
         except ValueError as error:
             raise ApiError(0, "Unreachable", f"{method} {path}: the answer is no JSON: {error}") from None
         return answer
@@ -377,7 +377,7 @@ class Api:
             response = self._pool.urlopen(
                 method,
                 url,
-                body=None if body is None else json.dumps(body),
+                body=None if body is None else orjson.dumps(body),
                 headers=headers,
                 retries=NO_RETRIES,
                 timeout=urllib3.Timeout(connect=connect, read=read),
@@ -392,7 +392,7 @@ class Api:
         if status in SUCCESS:
             return response
         try:
-            document = json.loads(data)
+            document = orjson.loads(data)
         except ValueError:
             document = {"message": data[:300].decode(errors="replace").strip()}
         raise _error(status, document, response.headers.get("Retry-After"))

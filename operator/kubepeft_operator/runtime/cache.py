@@ -6,11 +6,12 @@ and again. A reading takes some 20 µs, a small part of the call that follows it
 
 from __future__ import annotations
 
-import json
 import threading
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import orjson
 
 Object = dict[str, Any]
 Name = tuple[str, str]
@@ -29,11 +30,11 @@ def owner_uids(obj: Object) -> list[str]:
 
 
 def _pack(obj: Object) -> bytes:
-    return zlib.compress(json.dumps(obj, separators=(",", ":")).encode(), 1)
+    return zlib.compress(orjson.dumps(obj), 1)
 
 
 def _unpack(kept: bytes) -> Object:
-    obj: Object = json.loads(zlib.decompress(kept))
+    obj: Object = orjson.loads(zlib.decompress(kept))
     return obj
 
 

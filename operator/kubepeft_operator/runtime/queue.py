@@ -1,7 +1,8 @@
 """A queue of keys for workers, as client-go's workqueue is one.
 
 A key waits at most once, however often it is added, and is with at most one worker at a time: what is added meanwhile comes again when
-that worker is done. It holds keys only, so nobody can act on an old copy of an object.
+that worker is done. It holds keys only, so nobody can act on an old copy of an object. Unlike client-go's, a time that was set for a key is
+void once the key is given out: the worker says anew when it wants it again.
 """
 
 from __future__ import annotations
@@ -69,6 +70,9 @@ class Queue(Generic[Key]):
                     self._due[key] = due
                     self._count += 1
                     heapq.heappush(self._later, (due, self._count, key))
+                    if len(self._later) > 2 * len(self._due) + 100:
+                        self._later = [one for one in self._later if self._due.get(one[2]) == one[0]]
+                        heapq.heapify(self._later)
                     self._changed.notify()
 
     def add_rate_limited(self, key: Key, *, at_least: float = 0) -> None:
@@ -95,6 +99,7 @@ class Queue(Generic[Key]):
                     key = self._waiting.popleft()
                     self._waited.observe(now - self._dirty.pop(key))
                     self._working[key] = now
+                    self._due.pop(key, None)
                     if self._waiting:
                         self._changed.notify()
                     return key

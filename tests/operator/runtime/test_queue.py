@@ -66,6 +66,18 @@ def test_of_several_times_for_a_key_the_earliest_holds() -> None:
     assert queue.get(0.1) is None
 
 
+def test_a_key_that_is_given_out_is_expected_no_more_and_its_old_times_are_not_kept() -> None:
+    queue: Queue[str] = Queue("superseded")
+    for _ in range(1000):
+        queue.add_after("a", 0.05)
+        queue.add("a")
+        assert queue.get(0) == "a"
+        queue.done("a")
+        queue.add_after("b", 3600)
+    assert queue.get(0.1) is None
+    assert len(queue._later) <= 200
+
+
 def test_zero_seconds_later_is_now() -> None:
     queue: Queue[str] = Queue("now")
     queue.add_after("a", 0)
