@@ -334,23 +334,24 @@ def bare_side(what: dict[str, Any]) -> None:
 
     def watch() -> None:
         seen: set[str] = set()
-        finished = 0
-        stream = pool.request("GET", f"{path}?watch=true&resourceVersion={version}", preload_content=False)
-        rest = b""
-        for data in stream.stream(1 << 16):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                job = json.loads(line)["object"]
-                name = job["metadata"]["name"]
-                conditions = job.get("status", {}).get("conditions", [])
-                if name in seen or not any(one["type"] == "Complete" and one["status"] == "True" for one in conditions):
-                    continue
-                seen.add(name)
-                _, number, stage = name.split("-")
-                if stage != STAGES[-1]:
-                    todo.put((int(number), STAGES.index(stage) + 1))
-                elif (finished := finished + 1) == what["count"]:
-                    return
+        finished, since = 0, version
+        while finished < what["count"]:  # the API server cuts off a watch that does not keep up; it goes on where it was
+            stream = pool.request("GET", f"{path}?watch=true&resourceVersion={since}", preload_content=False)
+            rest = b""
+            for data in stream.stream(1 << 16):
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    job = json.loads(line)["object"]
+                    name, since = job["metadata"]["name"], job["metadata"]["resourceVersion"]
+                    conditions = job.get("status", {}).get("conditions", [])
+                    if name in seen or not any(one["type"] == "Complete" and one["status"] == "True" for one in conditions):
+                        continue
+                    seen.add(name)
+                    _, number, stage = name.split("-")
+                    if stage != STAGES[-1]:
+                        todo.put((int(number), STAGES.index(stage) + 1))
+                    elif (finished := finished + 1) == what["count"]:
+                        return
 
     threads = [threading.Thread(target=work) for _ in range(THREADS)]
     watcher = threading.Thread(target=watch)
