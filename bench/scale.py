@@ -81,7 +81,9 @@ class Bench:
         walls: dict[str, list[float]] = {"bare": [], "operator": []}
         for number in range(self.arguments.rounds):
             if not self.arguments.no_bare:
+                self.settle()
                 walls["bare"].append(self.bare(f"bare-{number}", templates, count))
+            self.settle()
             walls["operator"].append(self.operator(f"operator-{number}", count, idle=self.arguments.idle))
         if walls["bare"]:
             ratio = statistics.median(walls["operator"]) / statistics.median(walls["bare"])
@@ -109,6 +111,15 @@ class Bench:
                 "spec": spec,
             }
         return [made[stage] for stage in STAGES]
+
+    def settle(self, timeout: float = 600) -> None:
+        """Wait until the cluster has done what the side before left it: its events and the garbage collection."""
+        deadline = time.monotonic() + timeout
+        busy = 1.0
+        while busy > 0.1 and time.monotonic() < deadline:
+            before = self.processor_seconds()
+            time.sleep(5)
+            busy = sum(value - before[name] for name, value in self.processor_seconds().items()) / 5
 
     def bare(self, namespace: str, templates: list[dict[str, Any]], count: int) -> float:
         self.cluster.kubectl("create", "namespace", namespace)
@@ -335,7 +346,9 @@ def bare_side(what: dict[str, Any]) -> None:
     def watch() -> None:
         seen: set[str] = set()
         finished, since = 0, version
-        while finished < what["count"]:  # the API server cuts off a watch that does not keep up; it goes on where it was
+        while (
+            finished < what["count"]
+        ):  # the API server cuts off a watch that does not keep up; it goes on where it was
             stream = pool.request("GET", f"{path}?watch=true&resourceVersion={since}", preload_content=False)
             rest = b""
             for data in stream.stream(1 << 16):
@@ -344,7 +357,9 @@ def bare_side(what: dict[str, Any]) -> None:
                     job = json.loads(line)["object"]
                     name, since = job["metadata"]["name"], job["metadata"]["resourceVersion"]
                     conditions = job.get("status", {}).get("conditions", [])
-                    if name in seen or not any(one["type"] == "Complete" and one["status"] == "True" for one in conditions):
+                    if name in seen or not any(
+                        one["type"] == "Complete" and one["status"] == "True" for one in conditions
+                    ):
                         continue
                     seen.add(name)
                     _, number, stage = name.split("-")

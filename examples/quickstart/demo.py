@@ -24,7 +24,9 @@ def main() -> int:
     began = time.monotonic()
     print("── kubepeft run examples/quickstart/finetune.yaml", flush=True)
     kubepeft = Path(sys.executable).parent / "kubepeft"
-    interrupt = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for kubepeft, which saves and says how to go on
+    interrupt = signal.signal(
+        signal.SIGINT, lambda *_: None
+    )  # Ctrl-C is for kubepeft, which saves and says how to go on
     code = subprocess.run([kubepeft, "run", HERE / "finetune.yaml"], check=False).returncode
     signal.signal(signal.SIGINT, interrupt)
     if code != 0:

@@ -165,9 +165,10 @@ def _own_namespace() -> str:
 def _informers(api: Api, config: Config, caches: Caches, queues: dict[str, Queue[Name]]) -> list[Informer]:
     """One a kind, and where only some namespaces are watched, one a kind and namespace."""
 
-    def on(handle: Callable[[Object], None]) -> Handler:
+    def on(handle: Callable[[Object], None], is_news: Callable[[Object, Object], bool] | None = None) -> Handler:
         def handler(old: Object | None, new: Object | None) -> None:
-            if obj := new or old:
+            obj = new or old
+            if obj and (is_news is None or not old or not new or is_news(old, new)):
                 handle(obj)
 
         return handler
@@ -194,14 +195,14 @@ def _informers(api: Api, config: Config, caches: Caches, queues: dict[str, Queue
     made = []
     namespaces: list[str | None] = [*config.watch_namespaces] or [None]
     for namespace in namespaces:
-        for resource, cache, handle, trim, selector in (
-            (FINE_TUNES, caches.fine_tunes, fine_tune, observe.trim_object, ""),
-            (BATCH_INFERENCES, caches.batch_inferences, batch_inference, observe.trim_object, ""),
-            (JOBS, caches.jobs, owner, observe.trim_job, SELECTOR),
-            (PODS, caches.pods, pod, observe.trim_pod, SELECTOR),
+        for resource, cache, handler, trim, selector in (
+            (FINE_TUNES, caches.fine_tunes, on(fine_tune), observe.trim_object, ""),
+            (BATCH_INFERENCES, caches.batch_inferences, on(batch_inference), observe.trim_object, ""),
+            (JOBS, caches.jobs, on(owner, observe.is_news), observe.trim_job, SELECTOR),
+            (PODS, caches.pods, on(pod), observe.trim_pod, SELECTOR),
         ):
             informer = Informer(api, resource, cache, namespace=namespace, label_selector=selector, trim=trim)
-            informer.add_handler(on(handle))
+            informer.add_handler(handler)
             made.append(informer)
     return made
 

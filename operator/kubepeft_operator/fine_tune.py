@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from kubepeft import stage
 from kubepeft.errors import UserError
@@ -97,7 +98,7 @@ def _prepared(draft: Draft, spec: FineTuneSpec, output: str) -> bool:
     """Whether the data is prepared; if not, the draft sees to it."""
     if "prepared" in draft.status:
         return True
-    result = _stage(draft, "prepare", spec, _prepare_document(draft, spec, output), output)
+    result = _stage(draft, "prepare", spec, lambda: _prepare_document(draft, spec, output), output)
     if result is None or result.prepared is None:
         return False
     found = result.prepared
@@ -123,7 +124,10 @@ def _trained(draft: Draft, spec: FineTuneSpec, output: str) -> bool:
         rows=known.get("rows", 0),
         tokens=known.get("tokens", 0),
     )
-    document = stage.train_stage(_prepare_document(draft, spec, output), prepared, spec.gpus)
+
+    def document() -> stage.TrainStage:
+        return stage.train_stage(_prepare_document(draft, spec, output), prepared, spec.gpus)
+
     result = _stage(draft, "train", spec, document, output)
     if result is None or result.adapter is None:
         return False
@@ -161,7 +165,11 @@ def _rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 def _stage(
-    draft: Draft, name: StageName, spec: FineTuneSpec, document: stage.PrepareStage | stage.TrainStage, output: str
+    draft: Draft,
+    name: StageName,
+    spec: FineTuneSpec,
+    document: Callable[[], stage.PrepareStage | stage.TrainStage],
+    output: str,
 ) -> stage.Result | None:
     """The stage's Result once it has succeeded; until then the draft says what to do and how it stands."""
     if decision.has_ended(draft.status):
@@ -174,7 +182,7 @@ def _stage(
         case Absent():
             refused = draft.children.refused.get(job.job_name(draft.owner, name))
             try:
-                body = job.build(draft.owner, spec, document, draft.config, writable=job.mounts_of(output))
+                body = job.build(draft.owner, spec, document(), draft.config, writable=job.mounts_of(output))
             except UserError as error:
                 decision.fail(draft, Why(error.reason, error.what, error.mend), accepted=False)
                 return None

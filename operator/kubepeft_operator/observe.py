@@ -89,7 +89,6 @@ class Job:
     created: float
     deleting: bool
     suspended: bool
-    active: int
     succeeded: int
     completions: int
     finished: str
@@ -122,7 +121,6 @@ def read_job(raw: Object, pods: Iterable[Object] = ()) -> Job:
         created=seconds(metadata["creationTimestamp"]) or 0.0,
         deleting="deletionTimestamp" in metadata,
         suspended=bool(spec.get("suspend")),
-        active=status.get("active") or 0,
         succeeded=status.get("succeeded") or 0,
         completions=spec.get("completions") or 1,
         finished=ended["type"] if ended else "",
@@ -172,11 +170,22 @@ def read_pod(raw: Object) -> Pod:
 def trim_job(raw: Object) -> Object:
     """The part of a Job that `read_job` reads; what the cache keeps."""
     status = raw.get("status") or {}
+    kept: Object = {
+        "conditions": [one for one in status.get("conditions") or () if one["type"] in ("Complete", "Failed")]
+    }
+    if status.get("succeeded"):
+        kept["succeeded"] = status["succeeded"]
     return {
         "metadata": _trimmed_metadata(raw, labels=True),
         "spec": {key: raw["spec"][key] for key in ("suspend", "completions") if key in raw["spec"]},
-        "status": {key: status[key] for key in ("active", "succeeded", "conditions") if key in status},
+        "status": kept,
     }
+
+
+def is_news(old: Object, new: Object) -> bool:
+    """Whether more than the version of a trimmed Job has changed; its controller writes five times in its life."""
+    versionless = [{**one, "metadata": {**one["metadata"], "resourceVersion": ""}} for one in (old, new)]
+    return versionless[0] != versionless[1]
 
 
 def trim_pod(raw: Object) -> Object:
