@@ -69,3 +69,26 @@ def test_hostile_messages_become_short_plain_lines(message: str) -> None:
 
 def test_shown_text_is_one_line() -> None:
     assert shown(" a\n\tb\x00c ") == "a b c"
+
+
+def job(version: str, spec: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
+    """A Job as the API server holds it, trimmed."""
+    metadata = {"name": "ft-train", "namespace": "team", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"}
+    return observe.trim_job({"metadata": {**metadata, "resourceVersion": version}, "spec": spec or {}, "status": status})
+
+
+COMPLETE = [{"type": "Complete", "status": "True", "reason": "CompletionsReached"}]
+NEWS: dict[str, tuple[dict[str, Any], bool]] = {
+    "a pod of it was made": (job("2", active=1), False),
+    "its pods have succeeded and are still counted": (
+        job("2", conditions=[{"type": "SuccessCriteriaMet", "status": "True"}]), False,
+    ),
+    "a shard of it has succeeded": (job("2", succeeded=1), True),
+    "it is complete": (job("2", conditions=COMPLETE), True),
+    "it is suspended": (job("2", {"suspend": True}), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("now,expected", NEWS.values(), ids=NEWS)
+def test_a_job_is_looked_at_when_something_has_changed_that_counts(now: dict[str, Any], expected: bool) -> None:
+    assert observe.is_news(job("1"), now) is expected
