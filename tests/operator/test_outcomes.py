@@ -74,7 +74,9 @@ def test_shown_text_is_one_line() -> None:
 def job(version: str, spec: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
     """A Job as the API server holds it, trimmed."""
     metadata = {"name": "ft-train", "namespace": "team", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"}
-    return observe.trim_job({"metadata": {**metadata, "resourceVersion": version}, "spec": spec or {}, "status": status})
+    return observe.trim_job(
+        {"metadata": {**metadata, "resourceVersion": version}, "spec": spec or {}, "status": status}
+    )
 
 
 COMPLETE = [{"type": "Complete", "status": "True", "reason": "CompletionsReached"}]
