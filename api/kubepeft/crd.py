@@ -101,7 +101,8 @@ def _fixed_at_creation(spec: Schema) -> list[Schema]:
             continue
         same = f"self.{name} == oldSelf.{name}"
         if name not in spec["required"]:
-            same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || {same})"
+            # The API server evaluates this at every update of the status, and every lookup costs it; it can't bound the cost of `self.?name`.
+            same = f"has(self.{name}) ? has(oldSelf.{name}) && {same} : !has(oldSelf.{name})"
         changeable = ", ".join(CHANGEABLE)
         rules.append(
             {"rule": same, "message": f"{name} is fixed at creation (only {changeable} may change); make a new object"}
