@@ -112,11 +112,11 @@ class Bench:
             }
         return [made[stage] for stage in STAGES]
 
-    def settle(self, timeout: float = 600) -> None:
-        """Wait until the cluster has done what the side before left it: its events and the garbage collection."""
+    def settle(self, timeout: float = 120) -> None:
+        """Wait until the cluster has done what the side before left it, such as its events; idle it takes a fifth of a core."""
         deadline = time.monotonic() + timeout
         busy = 1.0
-        while busy > 0.1 and time.monotonic() < deadline:
+        while busy > 0.4 and time.monotonic() < deadline:
             before = self.processor_seconds()
             time.sleep(5)
             busy = sum(value - before[name] for name, value in self.processor_seconds().items()) / 5

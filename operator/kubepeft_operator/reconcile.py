@@ -33,8 +33,8 @@ BATCH_INFERENCES = Resource("kubepeft.io", "v1alpha1", "batchinferences", "Batch
 RESOURCES: dict[Kind, Resource] = {"FineTune": FINE_TUNES, "BatchInference": BATCH_INFERENCES, "Job": JOBS}
 REFERENCES = "fine-tune"
 """Index of BatchInferences by the FineTune that they wait for."""
-LOOK_UP_SECONDS = 25.0
-"""How long Warning events that were looked up count as fresh."""
+LOOK_UP_SECONDS, LOOK_UP_AGAIN_SECONDS = 25.0, 5.0
+"""How long a namespace's Warning events count as fresh, for an object that has some and for one that has none."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Reconciler:
         self._config, self._clock = config, clock
         self._own = OwnWrites()
         self._lock = threading.Lock()
-        self._looked_up: dict[str, tuple[float, list[str]]] = {}
+        self._looked_up: dict[str, tuple[float, dict[str, list[str]]]] = {}
         self._refused: dict[Key, dict[str, Why]] = {}
         self._not_before: dict[Key, float] = {}
 
@@ -169,20 +169,27 @@ class Reconciler:
         return replace(job, pods=tuple(sorted(pods.values(), key=lambda pod: (pod.created, pod.name))))
 
     def _warnings(self, namespace: str, uid: str) -> list[str]:
-        """Warning events about an object, newest first."""
+        """Warning events about an object, newest first.
+
+        The API server reads all Events of a namespace for any question about them, so one question serves all who wait in it: there
+        may be a thousand of them behind one quota.
+        """
         now = self._clock()
         with self._lock:
-            at, known = self._looked_up.get(uid, (0.0, []))
-            if 0 <= now - at < LOOK_UP_SECONDS:
-                return known
-            fresh = {one: entry for one, entry in self._looked_up.items() if now - entry[0] < LOOK_UP_SECONDS}
-            self._looked_up = fresh
-        found = self._api.list(EVENT_OBJECTS, namespace, field_selector=f"regarding.uid={uid},type=Warning", limit=100)
-        found.sort(key=_last_seen, reverse=True)
-        notes = [event.get("note") or "" for event in found]
+            at, known = self._looked_up.get(namespace, (0.0, {}))
+            if 0 <= now - at < (LOOK_UP_SECONDS if uid in known else LOOK_UP_AGAIN_SECONDS):
+                return known.get(uid, [])
+            self._looked_up[namespace] = now, known  # meanwhile others take what is known
+        found: dict[str, list[tuple[str, str]]] = {}
+        for page in self._api.list_pages(EVENT_OBJECTS, namespace, field_selector="type=Warning"):
+            for event in page["items"]:
+                about = (event.get("regarding") or {}).get("uid", "")
+                found.setdefault(about, []).append((_last_seen(event), event.get("note") or ""))
+        notes = {about: [note for _, note in sorted(all_of_it, reverse=True)] for about, all_of_it in found.items()}
         with self._lock:
-            self._looked_up[uid] = now, notes
-        return notes
+            self._looked_up = {one: kept for one, kept in self._looked_up.items() if now - kept[0] < LOOK_UP_SECONDS}
+            self._looked_up[namespace] = now, notes
+        return notes.get(uid, [])
 
     # ── apply
 

@@ -174,6 +174,28 @@ def test_a_quota_that_is_used_up_is_waited_for(
         eventually(lambda: cluster.phase() == "Succeeded", 60, cluster.status)
 
 
+def test_many_that_wait_for_one_quota_ask_for_the_events_of_their_namespace_together(
+    cluster: Cluster, run_operator: Run, proxy: ApiProxy
+) -> None:
+    quota = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "tight"},
+        "spec": {"hard": {"pods": "0"}},
+    }
+    cluster.api.create(QUOTAS, cluster.namespace, quota)
+    eventually(lambda: cluster.api.get(QUOTAS, cluster.namespace, "tight").get("status", {}).get("hard"))
+    run_operator()
+    started = time.monotonic()
+    names = [f"number-{number}" for number in range(20)]
+    for name in names:
+        cluster.create(FINE_TUNE, name)
+    for name in names:
+        eventually(lambda: cluster.reason(name=name) == "QuotaExceeded", 60, lambda: cluster.status(name))  # noqa: B023
+    asked = [one for one in proxy.requests if one.method == "GET" and one.path.endswith("/events") and not one.watches]
+    assert 1 <= len(asked) <= 2 + (time.monotonic() - started) / 5
+
+
 def test_pods_pass_the_restricted_pod_security_standard(cluster: Cluster, run_operator: Run) -> None:
     namespace = Resource("", "v1", "namespaces", "Namespace")
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
