@@ -80,7 +80,9 @@ class Config(Type):
     jobs: JobDefaults
     watch_namespaces: Namespaces = Field([], description="only these; none is every namespace of the cluster")
     leader_election: LeaderElection = LeaderElection()
-    workers: int = Field(16, ge=1, le=64, description="objects looked at side by side")
+    workers: int = Field(
+        4, ge=1, le=64, description="objects looked at side by side; more only make an API server at its limit slower"
+    )
     metrics_port: int = Field(8080, ge=0, le=65535, description="/metrics; 0 for any free one")
     health_port: int = Field(8081, ge=0, le=65535, description="/healthz and /readyz; 0 for any free one")
     progress_interval_seconds: float = Field(
