@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -10,7 +11,7 @@ import sys
 import threading
 
 from kubepeft import errors, logs, stage
-from kubepeft_jobs import memory, progress
+from kubepeft_jobs import imports, memory, progress
 from kubepeft_jobs.saved import Saved
 from kubepeft_jobs.supervisor import EXIT_OUT_OF_MEMORY, told
 
@@ -57,8 +58,8 @@ def _run(document: stage.PrepareStage | stage.TrainStage | stage.InferStage) -> 
 
         if found := published.find(document):
             return found
-        from kubepeft_jobs.train import stage as train
-
+        with imports.quick():
+            from kubepeft_jobs.train import stage as train
         return train.run(document)
     if isinstance(document, stage.PrepareStage):
         from kubepeft_jobs.prepare import stage as prepare
@@ -93,5 +94,14 @@ def _camel(name: str) -> str:
     return head + "".join(word.title() for word in rest)
 
 
+def _leave(exit_code: int) -> None:
+    """Leave Python once what others registered for its end has run: taking down torch's modules takes another second or two."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    ending = [1]
+    atexit.register(lambda: _leave(*ending))  # registered first, so called last
+    ending[0] = main()

@@ -1,6 +1,7 @@
 """Batch inference on tiny random models: input lines, equality with one prompt at a time, sampling, limits, memory."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -398,7 +399,7 @@ resource.setrlimit(resource.RLIMIT_AS, (held + int(extra), resource.RLIM_INFINIT
 tight = {r.id: r for r in engine.run(requests, settings)}
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print(json.dumps({"same": tight == free, "slots": engine.micro_batch, "first": first,
-    "failed": sum(not isinstance(r, Completion) for r in tight.values())}))
+    "failed": [str(r) for r in tight.values() if not isinstance(r, Completion)][:2]}))
 """
 
 
@@ -412,10 +413,12 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tmp_path: Path, kind: 
         text=True,
         timeout=300,
         check=False,
+        # What glibc keeps of freed memory counts against the limit, and oneDNN can't use it; so it keeps none of the large pieces.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)},
     )
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
-    assert report["failed"] == 0
+    assert report["failed"] == []
     assert report["same"]
     assert report["slots"] < report["first"]
 

@@ -29,7 +29,7 @@ from kubepeft.errors import UserError
 from kubepeft.stage import ENV_ATTEMPT, ENV_SHARD, InferenceResult, InferStage, Result
 from kubepeft.storage import publish
 from kubepeft.storage.store import Store, join, relative
-from kubepeft_jobs import base, memory, progress
+from kubepeft_jobs import base, imports, memory, progress
 from kubepeft_jobs.infer.requests import (
     BadLine,
     Completion,
@@ -162,10 +162,11 @@ def _adapter(stage: InferStage, mounts: dict[str, Path]) -> PublishedAdapter:
 
 def _load(stage: InferStage, adapter: PublishedAdapter, mounts: dict[str, Path], work: Path) -> Engine:
     """Fetch adapter and base, check that they belong together, and load them."""
-    import torch
-    import transformers
+    with imports.quick():
+        import torch
+        import transformers
 
-    from kubepeft_jobs.infer import engine
+        from kubepeft_jobs.infer import engine
 
     lineage = adapter.manifest.lineage
     uri = stage.model_uri or lineage["baseModelUri"]

@@ -22,7 +22,7 @@ from kubepeft.errors import UserError
 from kubepeft.stage import ENV_ATTEMPT, PreparedRef, PrepareStage, Result
 from kubepeft.storage import publish
 from kubepeft.storage.store import Entry, Reader, join
-from kubepeft_jobs import base, cpus, progress
+from kubepeft_jobs import base, cpus, imports, progress
 from kubepeft_jobs.prepare.estimate import ModelShape, training_flops, training_memory, training_seconds
 from kubepeft_jobs.prepare.pipeline import Options, prepare
 from kubepeft_jobs.prepare.read import COMPRESSED, SUFFIXES
@@ -89,7 +89,8 @@ def run(stage: PrepareStage) -> Result:
         log.info("prepared before: %s", store.uri(folder))
         return _result(found, found_published=True)
 
-    from kubepeft_jobs import method  # torch and PEFT take seconds to import, and what is prepared needs neither
+    with imports.quick():
+        from kubepeft_jobs import method  # torch and PEFT take seconds to import, and what is prepared needs neither
 
     texts = base.texts(model_base, mounts=stage.mounts, work=work / "base", code=stage.model.trust_remote_code)
     model_config = base.config(texts, trust_remote_code=stage.model.trust_remote_code)
