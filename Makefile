@@ -7,7 +7,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .build/uv/bin/uv)
 PY := .venv/bin/python
 DEBIAN := chromium buildah containernetworking-plugins debootstrap libseccomp-dev nftables
 
-.PHONY: help setup demo test test-jobs test-others e2e lint format bench generate debian programs cluster clean
+.PHONY: help setup demo test test-jobs test-others test-others-then-e2e e2e lint format bench generate debian programs cluster clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -27,9 +27,11 @@ demo: setup ## Fine-tune a small model on this machine and answer prompts with i
 	@$(PY) examples/quickstart/demo.py
 
 test: setup programs lint ## Check everything: lint, types, tests on real servers, FineTunes in real pods (see e2e)
-	@echo "── tests (an hour on two cores): those of the jobs and the others side by side, then end to end"
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 test-jobs test-others
-	@$(MAKE) --no-print-directory e2e
+	@echo "── tests (three quarters of an hour on two cores): those of the jobs beside the others, which end to end ones follow"
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 test-jobs test-others-then-e2e
+
+test-others-then-e2e:
+	@failed=0; for one in test-others e2e; do $(MAKE) --no-print-directory $$one || failed=1; done; exit $$failed
 
 test-jobs: setup ## Of the tests, those of prepare, train and infer
 	@$(PY) -m pytest tests/jobs | sed --unbuffered 's/^/jobs    /'
@@ -39,7 +41,7 @@ test-others: setup programs ## Of the tests, those of types, storage, operator, 
 
 e2e: setup programs ## The chart, the images and real pods on a real one-node Kubernetes (Linux, root; half an hour, 30 GB of disk)
 	@echo "── end to end: images, chart and pods on a one-node Kubernetes"
-	@$(PY) -m pytest tests/e2e -o timeout=1200
+	@$(PY) -m pytest tests/e2e -o timeout=1200 | sed --unbuffered 's/^/e2e     /'
 
 lint: setup ## Style, types, and which part may import which
 	@echo "── ruff, mypy, import-linter"

@@ -124,9 +124,11 @@ class LocalFile:
 
 
 def kubepeft_side(rows: Path, tokenizer: Path, out: Path) -> None:
-    from kubepeft_jobs.prepare.pipeline import Options, prepare
+    from kubepeft_jobs.prepare.pipeline import Options, prepare, workers
 
-    prepare([LocalFile(rows)], None, Options(max_length=MAX_LENGTH), tokenizer, 8000, out, WORKERS)
+    files = [LocalFile(rows)]
+    with workers(files, WORKERS) as pool:
+        prepare(files, None, Options(max_length=MAX_LENGTH), tokenizer, 8000, out, pool)
 
 
 def datasets_side(rows: Path, tokenizer_dir: Path, out: Path) -> None:

@@ -184,8 +184,7 @@ class Bench:
             _print_processor(used, wall)
             _print_latency(observer)
             process.print_queue()
-            time.sleep(3)  # the last events
-            done = process.calls()
+            done = process.quiet_calls()
             _print_calls({key: value - calls.get(key, 0) for key, value in done.items()}, count)
             print(
                 f"   memory of the operator: {process.memory('VmRSS'):.0f} MB, at most {process.memory('VmHWM'):.0f} MB"
@@ -262,6 +261,17 @@ class OperatorProcess:
                 key = method, by["resource"] + code
                 found[key] = found.get(key, 0) + value
         return found
+
+    def quiet_calls(self, seconds: float = 5, timeout: float = 600) -> dict[tuple[str, str], float]:
+        """The calls, once all Events are sent, which nobody waits for and which are sent slowly: no write for so many seconds."""
+        deadline = time.monotonic() + timeout
+        done = self.calls()
+        while time.monotonic() < deadline:
+            time.sleep(seconds)
+            before, done = done, self.calls()
+            if all(done[key] == before.get(key) for key in done if key[0] in WRITES and key[1] != "leases"):
+                break
+        return done
 
     def print_queue(self) -> None:
         samples = self.samples()

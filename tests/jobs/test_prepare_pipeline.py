@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from kubepeft.errors import TransientError, UserError
 from kubepeft_jobs.prepare.pipeline import Options, prepare
+from kubepeft_jobs.prepare.pipeline import workers as start
 from kubepeft_jobs.prepare.report import Report
 from tests.jobs import prepare_parts as parts
 from tests.jobs.prepare_parts import LocalFile
@@ -73,7 +74,8 @@ def run(
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
     sources = train if isinstance(train, list) else [train]
-    return prepare(sources, eval, Options(**options), base, 1000, out, workers)
+    with start(sources, workers) as pool:
+        return prepare(sources, eval, Options(**options), base, 1000, out, pool)
 
 
 def rows_in(tmp_path: Path, split: str = "train") -> list[dict[str, Any]]:
@@ -245,11 +247,15 @@ def test_nothing_left_is_an_error_that_counts_what_went(tmp_path: Path, plain_ba
 def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path: Path, plain_base: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", [pair(0)])
     size = len(AutoTokenizer.from_pretrained(plain_base))
-    prepare([source], None, Options(), plain_base, size, tmp_path, 1)
-    with pytest.raises(
-        UserError, match=f"ids up to {size - 1}, but the model's embedding only {size - 1} rows"
-    ) as caught:
-        prepare([source], None, Options(), plain_base, size - 1, tmp_path, 1)
+    with start([source], 1) as pool:
+        prepare([source], None, Options(), plain_base, size, tmp_path, pool)
+    with (
+        pytest.raises(
+            UserError, match=f"ids up to {size - 1}, but the model's embedding only {size - 1} rows"
+        ) as caught,
+        start([source], 1) as pool,
+    ):
+        prepare([source], None, Options(), plain_base, size - 1, tmp_path, pool)
     assert caught.value.reason == "TokenizerMismatch"
 
 
@@ -296,8 +302,11 @@ def test_a_killed_worker_is_an_error_not_a_wait(tmp_path: Path, plain_base: Path
             child.send_signal(signal.SIGKILL)
 
     (tmp_path / "out").mkdir()
-    with pytest.raises(TransientError, match="a worker process was killed by signal 9") as caught:
-        prepare([source], None, Options(), plain_base, 1000, tmp_path / "out", 2, kill_one)
+    with (
+        pytest.raises(TransientError, match="a worker process was killed by signal 9") as caught,
+        start([source], 2) as pool,
+    ):
+        prepare([source], None, Options(), plain_base, 1000, tmp_path / "out", pool, kill_one)
     assert caught.value.reason == "WorkerDied"
     assert list((tmp_path / "out").iterdir()) == []
     assert workers() == []
@@ -307,7 +316,7 @@ PROGRAM = """
 import os
 import sys
 from pathlib import Path
-from kubepeft_jobs.prepare.pipeline import Options, prepare
+from kubepeft_jobs.prepare.pipeline import Options, prepare, workers as start
 
 class LocalFile:
     def __init__(self, path):
@@ -326,7 +335,9 @@ def progress(rows):
     workers = max([workers, *(peak(pid) for pid in open("/proc/self/task/{0}/children".format(os.getpid())).read().split())])
     print(rows, flush=True)
 
-prepare([LocalFile(Path(sys.argv[1]))], None, Options(), Path(sys.argv[2]), 1000, Path(sys.argv[3]), 2, progress)
+files = [LocalFile(Path(sys.argv[1]))]
+with start(files, 2) as pool:
+    prepare(files, None, Options(), Path(sys.argv[2]), 1000, Path(sys.argv[3]), pool, progress)
 print("torch" in sys.modules, "transformers" in sys.modules, peak("self"), workers)
 """
 

@@ -55,6 +55,16 @@ class Options:
     trust_remote_code: bool = False
 
 
+def workers(sources: Sequence[Source], most: int, *, trust_remote_code: bool = False) -> WorkerPool:
+    """As many processes, up to `most`, as are of use: starting one costs about as much as encoding ten chunks."""
+    sizes = [source.size for source in sources]
+    if all(size is not None for size in sizes) and not any(
+        source.name.endswith((".gz", ".zst", ".parquet")) for source in sources
+    ):
+        most = max(1, min(most, math.ceil(sum(size or 0 for size in sizes) / CHUNK_BYTES / 4)))
+    return WorkerPool(most, trust_remote_code=trust_remote_code)
+
+
 def prepare(
     train: Sequence[Source],
     eval: Sequence[Source] | None,
@@ -62,13 +72,13 @@ def prepare(
     tokenizer_dir: Path,
     model_vocab_size: int,
     out_dir: Path,
-    workers: int,
+    pool: WorkerPool,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> Report:
     """Reads `train` (and `eval`), writes `train-00000.arrow` …, `eval-00000.arrow` … into `out_dir`, and says what it did.
 
-    `model_vocab_size` is the number of rows of the model's embedding. `workers` processes encode; their number does not change
-    a byte of the output. `on_progress` is told the rows read so far. On failure no file is left in `out_dir`.
+    `model_vocab_size` is the number of rows of the model's embedding. The processes of `pool`, see `workers`, encode; their number does not
+    change a byte of the output. `on_progress` is told the rows read so far. On failure no file is left in `out_dir`.
 
     Raises UserError (the reasons of read_chunks and find_format; BadRow, RowTooLong, NothingLeft, EvalEmpty, NoTarget,
     NoCompletion, NoChatTemplate, BrokenChatTemplate, TokenizerMismatch) and TransientError WorkerDied.
@@ -91,8 +101,8 @@ def prepare(
     )
     tally = Tally()
     with ExitStack() as stack:
-        pool = stack.enter_context(WorkerPool(setup, _useful_workers(train, workers)))
-        _check_vocabulary(pool.facts, model_vocab_size, tokenizer_dir)
+        facts = pool.load(setup)
+        _check_vocabulary(facts, model_vocab_size, tokenizer_dir)
         train_writer = stack.enter_context(SplitWriter(out_dir, "train", options.task))
         eval_writer = stack.enter_context(SplitWriter(out_dir, "eval", options.task))
         for _, result in pool.map(chain([first], chunks), samples_from_first=True):
@@ -112,7 +122,6 @@ def prepare(
                 where="spec.data.eval" if eval else "spec.data.evalFraction",
                 mend="give more rows" if eval else "raise evalFraction, give an eval file, or leave it out",
             )
-        facts = pool.facts
     return Report(
         format=form.name,
         format_why=form.why,
@@ -171,16 +180,6 @@ def _loss(form: Format, options: Options) -> Loss:
             )
         return "all"
     return options.loss or "completion"
-
-
-def _useful_workers(sources: Sequence[Source], most: int) -> int:
-    """Starting a process costs about as much as encoding ten chunks."""
-    sizes = [source.size for source in sources]
-    if any(size is None for size in sizes) or any(
-        source.name.endswith((".gz", ".zst", ".parquet")) for source in sources
-    ):
-        return most
-    return max(1, min(most, math.ceil(sum(size or 0 for size in sizes) / CHUNK_BYTES / 4)))
 
 
 def _check_vocabulary(facts: TokenizerFacts, model_vocab_size: int, tokenizer_dir: Path) -> None:

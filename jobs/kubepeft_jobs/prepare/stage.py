@@ -24,7 +24,7 @@ from kubepeft.storage import publish
 from kubepeft.storage.store import Entry, Reader, join
 from kubepeft_jobs import base, cpus, imports, progress
 from kubepeft_jobs.prepare.estimate import ModelShape, training_flops, training_memory, training_seconds
-from kubepeft_jobs.prepare.pipeline import Options, prepare
+from kubepeft_jobs.prepare.pipeline import Options, prepare, workers
 from kubepeft_jobs.prepare.read import COMPRESSED, SUFFIXES
 from kubepeft_jobs.prepare.report import Report
 from kubepeft_jobs.supervisor import ENV_WORK
@@ -89,34 +89,23 @@ def run(stage: PrepareStage) -> Result:
         log.info("prepared before: %s", store.uri(folder))
         return _result(found, found_published=True)
 
-    with imports.quick():
-        from kubepeft_jobs import method  # torch and PEFT take seconds to import, and what is prepared needs neither
-
-    texts = base.texts(model_base, mounts=stage.mounts, work=work / "base", code=stage.model.trust_remote_code)
-    model_config = base.config(texts, trust_remote_code=stage.model.trust_remote_code)
-    base.check_tokenizer(texts, stage.model.uri)
-    base.check_task(model_config, stage.model.task, stage.model.uri)
-    skeleton = method.skeleton(model_config, stage.model.task, trust_remote_code=stage.model.trust_remote_code)
-    peft_config = method.peft_config(
-        stage.method.to_json(defaults=False), stage.model.task, skeleton, tokenizer_dir=texts, total_steps=1_000_000
-    )
-    shape = _shape(skeleton, model_config)
-    method.check_targets(peft_config, skeleton, quantization=stage.model.quantization)
-    trainable = sum(one.numel() for one in skeleton.parameters() if one.requires_grad)
-
-    out = Path(tempfile.mkdtemp(prefix="prepared-", dir=work))
-    total = sum(source.size or 0 for source in [*train, *(eval_ or [])])
-    progress.report(prepare_rows=0, prepare_total_bytes=total)
-    report = prepare(
-        train,
-        eval_,
-        _options(stage),
-        texts,
-        model_config.get_text_config().vocab_size,
-        out,
-        cpus.available(),
-        lambda rows: progress.report(prepare_rows=rows),
-    )
+    code = stage.model.trust_remote_code
+    with workers(train, cpus.available(), trust_remote_code=code) as pool:  # they import while this process does
+        texts = base.texts(model_base, mounts=stage.mounts, work=work / "base", code=code)
+        model_config, shape, trainable = _checked_model(stage, texts)
+        out = Path(tempfile.mkdtemp(prefix="prepared-", dir=work))
+        total = sum(source.size or 0 for source in [*train, *(eval_ or [])])
+        progress.report(prepare_rows=0, prepare_total_bytes=total)
+        report = prepare(
+            train,
+            eval_,
+            _options(stage),
+            texts,
+            model_config.get_text_config().vocab_size,
+            out,
+            pool,
+            lambda rows: progress.report(prepare_rows=rows),
+        )
     described = report.as_dict() | {
         "base": {"id": model_base.logical_id, "uri": model_base.uri, "commit": model_base.commit},
         "digest": wanted,
@@ -144,6 +133,24 @@ def run(stage: PrepareStage) -> Result:
     )
     published = publish.publish_in_place(store, folder, out, attempt)
     return _result(published.manifest, found_published=not published.won)
+
+
+def _checked_model(stage: PrepareStage, texts: Path) -> tuple[PretrainedConfig, ModelShape, int]:
+    """The base's configuration and shape, and how many parameters will be trained, once it is clear that they can be."""
+    with imports.quick():
+        from kubepeft_jobs import method  # torch and PEFT take seconds to import, and what is prepared needs neither
+
+    code = stage.model.trust_remote_code
+    config = base.config(texts, trust_remote_code=code)
+    base.check_tokenizer(texts, stage.model.uri)
+    base.check_task(config, stage.model.task, stage.model.uri)
+    skeleton = method.skeleton(config, stage.model.task, trust_remote_code=code)
+    peft_config = method.peft_config(
+        stage.method.to_json(defaults=False), stage.model.task, skeleton, tokenizer_dir=texts, total_steps=1_000_000
+    )
+    shape = _shape(skeleton, config)
+    method.check_targets(peft_config, skeleton, quantization=stage.model.quantization)
+    return config, shape, sum(one.numel() for one in skeleton.parameters() if one.requires_grad)
 
 
 def _result(manifest: publish.Manifest, *, found_published: bool) -> Result:

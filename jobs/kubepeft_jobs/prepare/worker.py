@@ -200,8 +200,6 @@ def _joined(lists: list[list[int]]) -> NDArray[np.int32]:
 
 
 def _load(setup: Setup) -> tuple[ChunkEncoder, TokenizerFacts]:
-    if not setup.trust_remote_code:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # transformers would import it: 2 s and 400 MB for nothing
     from transformers import AutoTokenizer
 
     from .encode import Encoder
@@ -219,8 +217,14 @@ def _load(setup: Setup) -> tuple[ChunkEncoder, TokenizerFacts]:
     return ChunkEncoder(setup, encoder), facts
 
 
-def main() -> None:
+def main(*, trust_remote_code: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starting process decides
+    if not trust_remote_code:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # transformers would import it: 2 s and 400 MB for nothing
+    from transformers import AutoTokenizer  # noqa: F401  # while the starting process does something else
+
+    from .encode import Encoder  # noqa: F401
+
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a tokenizer's own code prints must not mix with the answers
     work: ChunkEncoder | None = None

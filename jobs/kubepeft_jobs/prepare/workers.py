@@ -25,13 +25,14 @@ from .worker import ChunkResult, Refusal, Setup, TokenizerFacts, WorkerFailure
 
 
 class WorkerPool:
-    """`with WorkerPool(setup, 4) as pool: for chunk, result in pool.map(chunks): …`
+    """`with WorkerPool(4) as pool: pool.load(setup); for chunk, result in pool.map(chunks, False): …`
 
-    Raises what a worker raised, and TransientError WorkerDied when one was killed.
+    The processes begin with their imports, which take seconds, as soon as the pool is entered. Raises what a worker raised, and
+    TransientError WorkerDied when one was killed.
     """
 
-    def __init__(self, setup: Setup, count: int) -> None:
-        self._setup, self._count = setup, count
+    def __init__(self, count: int, *, trust_remote_code: bool = False) -> None:
+        self._count, self._trust_remote_code = count, trust_remote_code
         self._processes: list[subprocess.Popen[bytes]] = []
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="prepare")
@@ -45,24 +46,27 @@ class WorkerPool:
             "TRANSFORMERS_VERBOSITY": "error",
             "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         }
+        program = (
+            f"from kubepeft_jobs.prepare.worker import main; main(trust_remote_code={self._trust_remote_code is True})"
+        )
         try:
             for _ in range(self._count):
                 process = subprocess.Popen(
-                    [sys.executable, "-c", "from kubepeft_jobs.prepare.worker import main; main()"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    env=environment,
+                    [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
                 )
                 self._processes.append(process)
-            loading = [self._threads.submit(_ask, process, self._setup, "") for process in self._processes]
-            facts = [future.result() for future in loading]
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        self.facts: TokenizerFacts = facts[0]
+        return self
+
+    def load(self, setup: Setup) -> TokenizerFacts:
+        """Have every worker load the tokenizer; once, and before `map`."""
+        loading = [self._threads.submit(_ask, process, setup, "") for process in self._processes]
+        facts: list[TokenizerFacts] = [future.result() for future in loading]
         for process in self._processes:
             self._idle.put(process)
-        return self
+        return facts[0]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
