@@ -77,7 +77,7 @@ class Bench:
 
     def run(self) -> None:
         count = self.arguments.objects
-        templates = self.templates()
+        templates = [] if self.arguments.no_bare else self.templates()
         walls: dict[str, list[float]] = {"bare": [], "operator": []}
         for number in range(self.arguments.rounds):
             if not self.arguments.no_bare:
@@ -169,7 +169,7 @@ class Bench:
                 time.sleep(0.02)
                 if process.process.poll() is not None:
                     raise SystemExit(f"the operator ended:\n{process.log.read_text()[-3000:]}")
-                if time.monotonic() - started > 60 + count:
+                if time.monotonic() - started > 60 + count + 2 * len(STAGES) * self.arguments.seconds:
                     raise SystemExit(
                         f"not done in time: {phases.index_sizes('phase')}\n{process.log.read_text()[-3000:]}"
                     )
