@@ -1,7 +1,8 @@
-"""Training speed on the CPU against the plain recipe and TRL, with equal work and equal evaluation loss.
+"""Training speed against the plain recipe and TRL, with equal work and equal evaluation loss.
 
     python bench/train.py                     # all contenders, three rounds, about 12 minutes on 2 cores
     python bench/train.py --rounds 1 --only recipe,kubepeft-bf16 --results .build/bench-train.jsonl
+    python bench/train.py --device cuda       # on a GPU, with the shape of Qwen2.5-0.5B and 16 examples a step
 
 Every contender trains LoRA r=8 on q,k,v,o of one 27-million-parameter Qwen2 (made here, fixed seed) on the same examples
 (lengths log-normal: median 90, mean about 124, at most 1,024 tokens; loss on the second half of each), for the same
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,38 @@ CONTENDERS = {
     "kubepeft-fp32": "kubepeft, packed, fp32",
     "kubepeft-bf16": "kubepeft, packed, frozen base in bf16, adapter in fp32",
 }
-VOCABULARY, MAX_LENGTH, BATCH, EPOCHS, LEARNING_RATE = 18_432, 1_024, 4, 1, 2e-3
-TRAIN_EXAMPLES, EVAL_EXAMPLES = 96, 24
+MAX_LENGTH, EPOCHS, LEARNING_RATE, EVAL_EXAMPLES = 1_024, 1, 2e-3, 24
 
 
-def measurable() -> list[str]:
-    """The contenders that this CPU computes in hardware."""
+@dataclass(frozen=True)
+class Scale:
+    """What the device is given to do: a step on a GPU must be large enough to be more than the launch of its kernels."""
+
+    vocabulary: int
+    hidden_size: int
+    layers: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    batch: int
+    examples: int
+
+
+SCALES = {
+    "cpu": Scale(18_432, 512, 6, 1_408, 8, 4, batch=4, examples=96),
+    "cuda": Scale(151_936, 896, 24, 4_864, 14, 2, batch=16, examples=1_536),
+}
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
+SCALE = SCALES[DEVICE]
+VOCABULARY, BATCH, TRAIN_EXAMPLES = SCALE.vocabulary, SCALE.batch, SCALE.examples
+
+
+def measurable(device: str) -> list[str]:
+    """The contenders that this CPU computes in hardware; on a GPU the recipe and all in bf16."""
     from kubepeft_jobs.base import cpu_computes_bf16
 
+    if device == "cuda":
+        return [name for name in CONTENDERS if name == "recipe" or "bf16" in name]
     return [name for name in CONTENDERS if "bf16" not in name or cpu_computes_bf16()]
 
 
@@ -76,11 +102,12 @@ def make_base(dtype: Any) -> Any:
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=512, num_hidden_layers=6, intermediate_size=1408,
-        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=2048,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY, hidden_size=SCALE.hidden_size, num_hidden_layers=SCALE.layers,
+        intermediate_size=SCALE.intermediate_size, num_attention_heads=SCALE.heads, num_key_value_heads=SCALE.kv_heads,
+        tie_word_embeddings=True, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(
             3
@@ -99,8 +126,8 @@ def settings(folder: str, **more: Any) -> dict[str, Any]:
     return {
         "output_dir": folder, "per_device_train_batch_size": BATCH, "num_train_epochs": EPOCHS,
         "learning_rate": LEARNING_RATE, "lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 10,
-        "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 0,
-        "dataloader_pin_memory": False,
+        "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": DEVICE == "cpu", "seed": 0,
+        "dataloader_pin_memory": DEVICE == "cuda",
     } | more  # fmt: skip
 
 
@@ -147,12 +174,15 @@ def make_trainer(contender: str, folder: str) -> Any:
     model = get_peft_model(base, lora_config())
     data = Dataset.from_list(examples)
     if contender.startswith("kubepeft"):
-        exact, why = packing_is_exact(model, VOCABULARY)
+        # As the train stage has it: on a GPU autocast, which the adapter's fp32 weights then compute under too.
+        half = {"bf16": DEVICE == "cuda" and contender.endswith("bf16")}
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half["bf16"]):
+            exact, why = packing_is_exact(model, VOCABULARY)
         assert exact, why
         use_packed_attention(model)
         if onednn_is_faster():
             use_onednn(model)
-        arguments = TrainingArguments(**settings(folder))
+        arguments = TrainingArguments(**settings(folder, **half))
         return PeftTrainer(model, arguments, data_collator=PackedCollator(), train_dataset=data)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -182,7 +212,7 @@ def eval_loss(adapter: dict[str, Any]) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
         for example in make_examples(EVAL_EXAMPLES, seed=3):
-            ids = torch.tensor([example["input_ids"]])
+            ids = torch.tensor([example["input_ids"]], device=DEVICE)
             start, end = example["loss_spans"]
             logits = model(input_ids=ids).logits[0, start - 1 : end - 1]
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, start:end], reduction="sum"))
@@ -195,7 +225,8 @@ def run_contender(contender: str, clock: str) -> dict[str, Any]:
     from peft import get_peft_model_state_dict
     from transformers import TrainerCallback
 
-    torch.set_num_threads(1 if clock == "cpu" else os.cpu_count() or 1)
+    if clock == "cpu":
+        torch.set_num_threads(1)
     now = time.process_time if clock == "cpu" else time.perf_counter
     times: dict[str, float] = {}
 
@@ -204,6 +235,9 @@ def run_contender(contender: str, clock: str) -> dict[str, Any]:
             times["begin"] = now()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+                times["memory"] = torch.cuda.max_memory_allocated() / 2**20
             times["end"] = now()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -222,6 +256,7 @@ def run_contender(contender: str, clock: str) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "eval_loss": eval_loss(get_peft_model_state_dict(trainer.model)),
         "eval_loss_before": untrained,
+        "memory": times.get("memory"),
     }
 
 
@@ -233,7 +268,7 @@ def same_start(model: Any) -> None:
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
             if "lora_A" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1]))
+                weight.copy_(torch.randn(weight.shape, generator=generator).to(weight) / math.sqrt(weight.shape[1]))
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -241,7 +276,10 @@ def table(results: list[dict[str, Any]]) -> str:
     rounds: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
     for result in results:
         rounds[result["round"]][result["contender"]] = result
+    on_gpu = any(result.get("memory") for result in results)
     lines = ["| contender | useful tok/s | x recipe (range) | steps | eval loss |", "|---|---|---|---|---|"]
+    if on_gpu:
+        lines = [line + more for line, more in zip(lines, (" peak GPU MiB |", "---|"), strict=True)]
     for name in sorted({r["contender"] for r in results}, key=list(CONTENDERS).index):
         runs = [r for r in results if r["contender"] == name]
         ratios = [
@@ -252,7 +290,8 @@ def table(results: list[dict[str, Any]]) -> str:
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else "–"
         speed = statistics.median(r["tokens_per_second"] for r in runs)
         loss = statistics.median(r["eval_loss"] for r in runs)
-        lines.append(f"| {CONTENDERS[name]} | {speed:,.0f} | {ratio} | {runs[0]['steps']} | {loss:.3f} |")
+        memory = f" {max(r['memory'] for r in runs):,.0f} |" if on_gpu else ""
+        lines.append(f"| {CONTENDERS[name]} | {speed:,.0f} | {ratio} | {runs[0]['steps']} | {loss:.3f} |{memory}")
     before = [result["eval_loss_before"] for result in results if result["eval_loss_before"] is not None]
     lines += [
         "",
@@ -267,6 +306,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="contenders, separated by commas; all that the CPU computes where not given")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread, CPU seconds")
+    parser.add_argument("--device", choices=SCALES, default=DEVICE)
     parser.add_argument("--results", type=Path, help="a JSON-lines file to add to; the table is of all that is in it")
     options = parser.parse_args()
     if options.worker:
@@ -276,14 +316,15 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     if options.results and options.results.exists():
         results = [json.loads(line) for line in options.results.read_text().splitlines()]
-    names = options.only.split(",") if options.only else measurable()
+    names = options.only.split(",") if options.only else measurable(options.device)
     if left_out := [name for name in CONTENDERS if name not in names]:
         print(f"left out: {', '.join(left_out)}", flush=True)
     first = 1 + max((result["round"] for result in results), default=-1)
     for number in range(first, first + options.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             command = [sys.executable, __file__, "--worker", name, "--clock", options.clock]
-            done = subprocess.run(command, capture_output=True, text=True)
+            env = {**os.environ, "BENCH_DEVICE": options.device}
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
             if done.returncode:
                 sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
             result = json.loads(done.stdout.splitlines()[-1]) | {"round": number}

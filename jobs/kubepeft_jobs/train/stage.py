@@ -228,7 +228,8 @@ def _train(
     )
     peft_model = method.wrap(model, config)
     trainable, total = peft_model.get_nb_trainable_parameters()
-    collator, packing, strategy = _layout(stage, peft_model, tokenizer)
+    with torch.autocast(arguments.device.type, dtype, enabled=arguments.bf16 or arguments.fp16):
+        collator, packing, strategy = _layout(stage, peft_model, tokenizer)
     log.info("micro-batches: %s", packing)
     arguments.train_sampling_strategy = strategy
     if onednn_is_faster():
@@ -289,6 +290,7 @@ def _train(
     if eval_data is not None:
         result = result.model_copy(update=_eval_losses(trainer, peft_model))
     stop_using_onednn(peft_model)
+    trainer.leave_autocast()
     return Trained(peft_model, result, list(trainer.state.log_history), resumed_from, seconds, packing)
 
 

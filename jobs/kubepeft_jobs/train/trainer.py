@@ -115,6 +115,11 @@ class PeftTrainer(Trainer):
             self.model_accepts_loss_kwargs = True  # so that Trainer counts an optimizer step's tokens
         self.tokens_seen = 0
 
+    def leave_autocast(self) -> None:
+        """Gives the trained model its own forward back, which Trainer leaves under the autocast of bf16 or fp16: whoever loads
+        the adapter computes without, and would see other logits."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
     def _sum_of_losses(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Any]:
         """The batch's summed loss and the model's output."""
         inputs = {name: value for name, value in batch.items() if name not in ("shift_labels", "num_tokens")}
