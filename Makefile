@@ -7,7 +7,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .build/uv/bin/uv)
 PY := .venv/bin/python
 DEBIAN := chromium buildah containernetworking-plugins debootstrap libseccomp-dev nftables
 
-.PHONY: help setup demo test test-jobs test-others test-others-then-e2e e2e lint format bench generate debian programs cluster clean
+.PHONY: help setup demo test test-jobs test-others test-others-then-e2e test-gpu e2e lint format bench generate debian programs cluster clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -38,6 +38,9 @@ test-jobs: setup ## Of the tests, those of prepare, train and infer
 
 test-others: setup programs ## Of the tests, those of types, storage, operator, chart and the test bed
 	@$(PY) -m pytest tests/api tests/storage tests/operator tests/chart tests/cluster | sed --unbuffered 's/^/others  /'
+
+test-gpu: setup ## What only a GPU can show; not part of make test, for CI has none
+	@$(PY) -m pytest tests/gpu
 
 e2e: setup programs ## The chart, the images and real pods on a real one-node Kubernetes (Linux, root; half an hour, 30 GB of disk)
 	@echo "── end to end: images, chart and pods on a one-node Kubernetes"

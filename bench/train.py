@@ -62,7 +62,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(18_432, 512, 6, 1_408, 8, 4, batch=4, examples=96),
-    "cuda": Scale(151_936, 896, 24, 4_864, 14, 2, batch=16, examples=1_536),
+    "cuda": Scale(151_936, 896, 24, 4_864, 14, 2, batch=16, examples=768),
 }
 DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
 SCALE = SCALES[DEVICE]

@@ -4,9 +4,8 @@ CI has no GPU, so `make test` leaves this folder out; `make test-gpu` runs it, a
 """
 
 import json
+import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,10 @@ def test_a_causal_model_learns_is_published_and_answers(
     assert training.eval_loss is not None
     assert training.base_eval_loss is not None
     assert training.eval_loss < training.base_eval_loss - 0.1
-    if case in ("auto", "float16", "float32", "nf4", "int8", "merged"):
+    if case not in (
+        "prompt tuning",
+        "int8",
+    ):  # int8 takes some columns of a matrix in fp16, and which depends on the whole row
         assert "packed end to end" in ended.log, ended.log
     answered = run(infer_document(found), tmp_path, GPU)
     assert answered.code == 0, answered.log
@@ -190,7 +192,7 @@ def test_a_seq2seq_model_goes_all_the_way(how: dict[str, Any], models: dict[str,
 def test_a_run_ended_by_sigterm_goes_on_where_it_was(
     models: dict[str, Path], chats: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    steps = {"maxSteps": 400, "saveSteps": 20, "learningRate": 1e-4}
+    steps = {"maxSteps": 200, "saveSteps": 20, "learningRate": 1e-4}
     quiet, broken = (
         fine_tune(models["qwen2"], chats[0], tmp_path / name, model={"dtype": "auto"}, training=steps)
         for name in ("quiet", "broken")
@@ -332,7 +334,7 @@ def test_half_precision_answers_every_request_by_continuous_batching(
 def test_memory_that_runs_out_in_inference_halves_the_batch_and_loses_nothing(
     adapter: Path, models: dict[str, Path]
 ) -> None:
-    asked = requests(512, words=60)
+    asked = requests(512, words=40)
     free = engine.load(adapter, models["qwen2"], "CAUSAL_LM", "float32", "cuda", "never")
     expected = answers(free, asked, 48)
     ample = free.micro_batch
@@ -349,37 +351,32 @@ def test_memory_that_runs_out_in_inference_halves_the_batch_and_loses_nothing(
     assert tight.micro_batch < ample
 
 
-@contextmanager
-def all_but(megabytes: int) -> Iterator[None]:
-    """Leaves other processes so much of the GPU's memory."""
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    held = torch.empty(free - megabytes * 2**20, dtype=torch.uint8, device="cuda")
-    try:
-        yield
-    finally:
-        del held
-        torch.cuda.empty_cache()
-
-
-def test_memory_that_others_hold_makes_training_start_again_with_a_smaller_micro_batch(
+def test_memory_that_runs_out_in_training_starts_again_with_a_smaller_micro_batch(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     data = write_lines(
-        tmp_path / "t.jsonl", ({"prompt": "x y " * 60, "completion": f"z {n} " * 20} for n in range(2048))
+        tmp_path / "t.jsonl", ({"prompt": "x y " * 60, "completion": f"z {n} " * 20} for n in range(1024))
     )
-    results = {}
-    for name in ("free", "tight"):
-        found = fine_tune(
+    free, tight = (
+        fine_tune(
             models["qwen2"], data, tmp_path / name, model={"dtype": "auto"},
-            training={"maxSteps": 2, "perDeviceTrainBatchSize": 1024}, data={"maxLength": 512},
-        )  # fmt: skip
-        ready = prepared(found, tmp_path, GPU)
-        with all_but(2500) if name == "tight" else all_but(30_000):
-            ended = run(train_document(found, ready), tmp_path, GPU)
+            training={"maxSteps": 2, "perDeviceTrainBatchSize": 512}, data={"maxLength": 512},
+        )
+        for name in ("free", "tight")
+    )  # fmt: skip
+    ready = prepared(free, tmp_path, GPU)
+    shutil.copytree(tmp_path / "free" / "prepared", tmp_path / "tight" / "prepared")
+    share = 3 * 2**30 / torch.cuda.get_device_properties(0).total_memory
+    allocator = {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{share:.4f}"}
+    results = [
+        run(train_document(free, ready), tmp_path, GPU),
+        run(train_document(tight, ready), tmp_path, GPU | allocator),
+    ]
+    for ended in results:
         assert ended.code == 0, ended.log
-        assert ended.result.training is not None
-        results[name] = ended.result.training
-    assert results["free"].out_of_memory_restarts == 0
-    assert results["tight"].out_of_memory_restarts >= 1
-    assert results["tight"].loss == pytest.approx(results["free"].loss, rel=1e-2)
+    ample, scarce = (ended.result.training for ended in results)
+    assert ample is not None
+    assert scarce is not None
+    assert ample.out_of_memory_restarts == 0
+    assert scarce.out_of_memory_restarts >= 1, results[1].log
+    assert scarce.loss == pytest.approx(ample.loss, rel=1e-2)

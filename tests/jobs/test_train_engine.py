@@ -356,6 +356,19 @@ def test_activation_checkpointing_changes_no_loss(tmp_path: Path) -> None:
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
 
 
+def test_a_model_trained_under_autocast_answers_afterwards_as_one_that_is_loaded(tmp_path: Path) -> None:
+    """Trainer leaves the forward under autocast, and the parity gate would compare rounding."""
+    trainer = train(tmp_path, lora(causal(QWEN2)), PaddedCollator(0), rows(8), bf16=True, max_steps=2)
+    loaded = lora(causal(QWEN2))
+    loaded.load_state_dict(trainer.model.state_dict())
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        expected = loaded.eval()(ids).logits
+        assert not torch.equal(trainer.model.eval()(ids).logits, expected)
+        trainer.leave_autocast()
+        assert torch.equal(trainer.model.eval()(ids).logits, expected)
+
+
 def test_a_batch_without_any_loss_trains_nothing_and_breaks_nothing(tmp_path: Path) -> None:
     data = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 4, "loss_spans": [[]] * 4, "length": [3] * 4})
     model = lora(causal(QWEN2))
