@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from kubepeft.errors import UserError
+from kubepeft_jobs.base import load
 from kubepeft_jobs.train import gate
+from kubepeft_jobs.train.batching import PaddedCollator
+from kubepeft_jobs.train.trainer import PeftTrainer
 from tests.tiny import tiny_causal
 
 INPUTS = [{"input_ids": torch.arange(5, 25)[None], "attention_mask": torch.ones(1, 20, dtype=torch.int64)}]
@@ -158,3 +162,33 @@ def test_a_tiny_model_of_another_kind_passes_too(tmp_path: Path) -> None:
     model = adapted(base)
     model.save_pretrained(tmp_path / "adapter")
     check(tmp_path / "adapter", base, gate.reference(model, INPUTS), tmp_path)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' about its casts
+def test_what_a_gpu_trains_in_bfloat16_passes_to_the_last_bit(quantization: str, tmp_path: Path) -> None:
+    """Trainer's autocast and the fp32 norms of quantized bases are of the training; what is loaded must be compared like for like."""
+    folder = tiny_causal(tmp_path / "base", hidden_size=64)
+    model = load(folder, "CAUSAL_LM", torch.bfloat16, quantization=quantization)
+    if quantization != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), bf16=True, use_cpu=True, max_steps=4, learning_rate=5e-3, save_strategy="no", report_to="none",
+        disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": list(range(n, n + 9)), "loss_spans": [4, 9], "length": 9} for n in range(5, 15)]
+    trainer = PeftTrainer(peft_model, arguments, data_collator=PaddedCollator(0), train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    trainer.leave_autocast()
+    known = gate.reference(peft_model, INPUTS)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    apart: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "compare", lambda loaded, known, *_: apart.append(gate.difference(loaded, known.trained)))
+        gate.check(
+            tmp_path / "adapter", folder, known, task="CAUSAL_LM", dtype=torch.bfloat16, quantization=quantization,
+            trust_remote_code=False, device="cpu", work=tmp_path, where="there",
+        )  # fmt: skip
+    assert gate.difference(known.trained, known.bare) > 0.01
+    assert apart == [0.0]
