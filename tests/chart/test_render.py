@@ -1,6 +1,8 @@
 """What the chart makes of values: refused where they are wrong, else accepted by a real API server and read by the operator itself."""
 
 import copy
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from pydantic.alias_generators import to_camel
 
 from kubepeft_operator import config
 from tests.chart.helm import CHART, NAMESPACE, HelmError, Object, helm, of_kind, only, render
+from tests.cluster import build
 from tests.cluster.control_plane import ControlPlane
 
 DIGEST = "sha256:" + 64 * "a"
@@ -113,14 +116,28 @@ def test_lint_finds_nothing(name: str) -> None:
     helm("lint", "--strict", CHART, values=VALUES[name])
 
 
+@pytest.fixture(scope="module")
+def monitored_cluster(chart_cluster: ControlPlane) -> Iterator[ControlPlane]:
+    """With prometheus-operator's own CRDs."""
+    files = build.PARTS["prometheus-operator"].programs
+    for file in files:
+        chart_cluster.kubectl("apply", "--server-side", "-f", str(build.program(file)))
+    chart_cluster.kubectl("wait", "--for=condition=Established", "crd", "--all")
+    yield chart_cluster
+    for file in files:
+        chart_cluster.kubectl("delete", "-f", str(build.program(file)))
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_the_api_server_takes_every_object(
-    rendered: dict[str, list[Object]], name: str, chart_cluster: ControlPlane
+    rendered: dict[str, list[Object]], name: str, monitored_cluster: ControlPlane
 ) -> None:
-    objects = [one for one in rendered[name] if not one["apiVersion"].startswith("monitoring.coreos.com")]
+    objects = rendered[name]
     namespaces = {one["metadata"].get("namespace") for one in objects} - {None}
-    chart_cluster.apply(*({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": one}} for one in namespaces))
-    told = chart_cluster.kubectl(
+    monitored_cluster.apply(
+        *({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": one}} for one in namespaces)
+    )
+    told = monitored_cluster.kubectl(
         "apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-", input=yaml.safe_dump_all(objects)
     )
     assert len(told.splitlines()) == len(objects)
@@ -253,6 +270,11 @@ def test_a_change_of_the_configuration_starts_the_operator_anew(rendered: dict[s
         return str(only(rendered[name], "Deployment")["spec"]["template"]["metadata"]["annotations"]["checksum/config"])
 
     assert checksum("workload identity") != checksum("defaults") == checksum("decorated")
+
+
+def test_an_install_makes_monitors_where_the_cluster_knows_them(monitored_cluster: ControlPlane) -> None:
+    told = helm("install", "fresh", CHART, "--dry-run=server", "--hide-notes", kubeconfig=monitored_cluster.kubeconfig)
+    assert {"ServiceMonitor", "PodMonitor", "PrometheusRule"} <= set(re.findall(r"^kind: (\w+)$", told, re.MULTILINE))
 
 
 def test_monitors_are_left_out_where_the_cluster_does_not_know_them() -> None:

@@ -1,6 +1,6 @@
 """The programs that tests start, built by Go from pinned modules: `python3 tests/cluster/build.py [PART ...]`.
 
-Nothing is downloaded ready made but Debian's own Prometheus. What was built stays in a cache folder of the user's, under the hash
+Nothing is downloaded ready made but Debian's own Prometheus and prometheus-operator's CRDs. What was built stays in a cache folder of the user's, under the hash
 of its recipe, so that another checkout links it in a moment; `.build/bin` holds links into that cache. Standard library only: the
 Makefile runs this before there is a .venv.
 """
@@ -9,6 +9,7 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -31,7 +32,8 @@ KUBERNETES = "v1.36.3"
 class Part:
     """One build and the programs that come of it.
 
-    `packages` are Go packages with their version, or the name of a folder here that is a Go module, or of Debian packages.
+    `packages` are Go packages with their version, or the name of a folder here that is a Go module, or of Debian packages. With the
+    kind "files", `programs` are files of a Go module, by name.
     """
 
     packages: tuple[str, ...]
@@ -70,6 +72,12 @@ PARTS = {
     "runc": Part(("github.com/opencontainers/runc@v1.5.2",), ("runc",), minutes=0.5, tags="seccomp", cgo=True),
     "coredns": Part(("github.com/coredns/coredns@v1.14.7",), ("coredns",), minutes=2),
     "pause": Part(("pause",), ("pause",), minutes=0.1, kind="module"),
+    "prometheus-operator": Part(
+        ("github.com/prometheus-operator/prometheus-operator@v0.85.0",),
+        tuple(f"monitoring.coreos.com_{one}.yaml" for one in ("podmonitors", "servicemonitors", "prometheusrules")),
+        minutes=0.1,
+        kind="files",
+    ),
     "prometheus": Part(("prometheus",), ("prometheus", "promtool"), minutes=0.2, kind="debian"),
 }
 
@@ -122,6 +130,8 @@ def _build(name: str, part: Part, folder: Path) -> None:
         out.mkdir()
         if part.kind == "debian":
             _unpack_debian(part, Path(scratch), out)
+        elif part.kind == "files":
+            _copy_files(name, part, out)
         else:
             _go(name, part, out)
         if missing := [one for one in _files(name, part) if not (out / one).exists()]:
@@ -134,11 +144,24 @@ def _files(name: str, part: Part) -> tuple[str, ...]:
     return (name,) if part.kind == "module" else part.programs
 
 
-def _go(name: str, part: Part, out: Path) -> None:
+def _need_go(name: str) -> None:
     if not shutil.which("go"):
         raise CannotBuild(
             f"Go is needed once to build {name} for the tests: https://go.dev/dl (or your distribution's golang)"
         )
+
+
+def _copy_files(name: str, part: Part, out: Path) -> None:
+    _need_go(name)
+    for module in part.packages:
+        told = _run(name, ["go", "mod", "download", "-json", module], {**os.environ, "GOWORK": "off"}, cwd=out)
+        for file in Path(json.loads(told)["Dir"]).rglob("*.yaml"):
+            if file.name in part.programs:
+                shutil.copyfile(file, out / file.name)
+
+
+def _go(name: str, part: Part, out: Path) -> None:
+    _need_go(name)
     flags = ["-trimpath", "-ldflags", part.ldflags, *(["-tags", part.tags] if part.tags else [])]
     environment = {**os.environ, "CGO_ENABLED": str(int(part.cgo)), "GOBIN": str(out), "GOWORK": "off"}
     if part.kind == "module":
@@ -171,12 +194,13 @@ def _unpack_debian(part: Part, scratch: Path, out: Path) -> None:
         (scratch / "root" / "usr" / "bin" / program).replace(out / program)
 
 
-def _run(name: str, command: list[str], environment: dict[str, str], cwd: Path | None = None) -> None:
+def _run(name: str, command: list[str], environment: dict[str, str], cwd: Path | None = None) -> str:
     done = subprocess.run(
         command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode:
         raise CannotBuild(f"{name}: {' '.join(command)} failed:\n{done.stdout[-4000:]}")
+    return done.stdout
 
 
 def _recipe_hash(part: Part) -> str:

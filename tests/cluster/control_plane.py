@@ -317,6 +317,7 @@ class ControlPlane:
                     f"--trusted-ca-file={self.ca}",
                     "--client-cert-auth",
                     "--unsafe-no-fsync",  # outlives a kill of the process, not of the machine: all that a test needs
+                    "--quota-backend-bytes=8589934592",  # as etcd suggests for large clusters; bench/scale.py writes that much
                     "--log-level=warn",
                 ]
             case "kube-apiserver":
