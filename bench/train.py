@@ -3,11 +3,13 @@
     python bench/train.py                     # all contenders, three rounds, about 12 minutes on 2 cores
     python bench/train.py --rounds 1 --only recipe,kubepeft-bf16 --results .build/bench-train.jsonl
     python bench/train.py --device cuda       # on a GPU, with the shape of Qwen2.5-0.5B and 16 examples a step
+    python bench/train.py --llamafactory .build/llamafactory/bin/python   # with LLaMA-Factory, which needs a venv of its own:
+        # uv venv .build/llamafactory && uv pip install --python .build/llamafactory/bin/python llamafactory==0.9.5 torch==2.15.0
 
 Every contender trains LoRA r=8 on q,k,v,o of one 27-million-parameter Qwen2 (made here, fixed seed) on the same examples
 (lengths log-normal: median 90, mean about 124, at most 1,024 tokens; loss on the second half of each), for the same
-epochs, with the same optimizer and learning rate, at 4 examples a step. TRL's packing cannot say examples a step: it has
-rows of 1,024 tokens, so it takes about half the steps, and its loss is shown as it is. Each run is a process of its own,
+epochs, with the same optimizer and learning rate, at 4 examples a step. TRL's and LLaMA-Factory's packing cannot say
+examples a step: they have rows of 1,024 tokens, so they take about half the steps, and their loss is shown as it is. Each run is a process of its own,
 contenders alternate within a round, and each round begins with the next contender.
 
 "useful tok/s" is the tokens that are not padding over the seconds from the first step to the last (Trainer's set-up of
@@ -40,6 +42,7 @@ CONTENDERS = {
     "trl-padding-free-fp32": "TRL SFTTrainer, padding_free, fp32",
     "trl-padding-free-bf16": "TRL SFTTrainer, padding_free, bf16 autocast",
     "trl-padding-free-bf16-base": "TRL SFTTrainer, padding_free, base in bf16",
+    "llamafactory-bf16": "LLaMA-Factory, neat_packing, bf16 autocast",
     "kubepeft-fp32": "kubepeft, packed, fp32",
     "kubepeft-bf16": "kubepeft, packed, frozen base in bf16, adapter in fp32",
 }
@@ -69,13 +72,14 @@ SCALE = SCALES[DEVICE]
 VOCABULARY, BATCH, TRAIN_EXAMPLES = SCALE.vocabulary, SCALE.batch, SCALE.examples
 
 
-def measurable(device: str) -> list[str]:
-    """The contenders that this CPU computes in hardware; on a GPU the recipe and all in bf16."""
+def measurable(device: str, llamafactory: Path | None) -> list[str]:
+    """The contenders that are here and that this CPU computes in hardware; on a GPU the recipe and all in bf16."""
     from kubepeft_jobs.base import cpu_computes_bf16
 
+    names = [name for name in CONTENDERS if llamafactory or not name.startswith("llamafactory")]
     if device == "cuda":
-        return [name for name in CONTENDERS if name == "recipe" or "bf16" in name]
-    return [name for name in CONTENDERS if "bf16" not in name or cpu_computes_bf16()]
+        return [name for name in names if name == "recipe" or "bf16" in name]
+    return [name for name in names if "bf16" not in name or cpu_computes_bf16()]
 
 
 def make_examples(count: int, seed: int) -> list[dict[str, Any]]:
@@ -148,7 +152,7 @@ def make_trainer(contender: str, folder: str) -> Any:
         from trl import SFTConfig, SFTTrainer
 
         packing = "packing" in contender
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=_word_level(), pad_token="0", eos_token="2")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=_word_level(), pad_token=_word(0), eos_token=_word(2))
         config = SFTConfig(
             **settings(folder, per_device_train_batch_size=1 if packing else BATCH),
             bf16=contender.endswith("bf16"), activation_checkpointing=False, completion_only_loss=True,
@@ -194,10 +198,17 @@ def make_trainer(contender: str, folder: str) -> Any:
     return Trainer(model, arguments, data_collator=collate, train_dataset=data)
 
 
-def _word_level() -> Any:
-    from tokenizers import Tokenizer, models
+def _word(token: int) -> str:
+    """Of one width, for special tokens are found within words too."""
+    return f"t{token:06}"
 
-    return Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="3"))
+
+def _word_level() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({_word(i): i for i in range(VOCABULARY)}, unk_token=_word(3)))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return words
 
 
 def eval_loss(adapter: dict[str, Any]) -> float:
@@ -240,12 +251,17 @@ def run_contender(contender: str, clock: str) -> dict[str, Any]:
                 times["memory"] = torch.cuda.max_memory_allocated() / 2**20
             times["end"] = now()
 
+    untrained = None
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(contender, folder)
-        trainer.add_callback(Clock)
-        same_start(trainer.model)
-        untrained = eval_loss(get_peft_model_state_dict(trainer.model)) if contender == "recipe" else None
-        trainer.train()
+        if contender.startswith("llamafactory"):
+            model, steps = run_llamafactory(Path(folder), Clock)
+        else:
+            trainer = make_trainer(contender, folder)
+            trainer.add_callback(Clock)
+            same_start(trainer.model)
+            untrained = eval_loss(get_peft_model_state_dict(trainer.model)) if contender == "recipe" else None
+            trainer.train()
+            model, steps = trainer.model, trainer.state.global_step
     seconds = times["end"] - times["begin"]
     tokens = EPOCHS * sum(example["length"] for example in make_examples(TRAIN_EXAMPLES, seed=2))
     return {
@@ -253,11 +269,47 @@ def run_contender(contender: str, clock: str) -> dict[str, Any]:
         "seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
-        "steps": trainer.state.global_step,
-        "eval_loss": eval_loss(get_peft_model_state_dict(trainer.model)),
+        "steps": steps,
+        "eval_loss": eval_loss(get_peft_model_state_dict(model)),
         "eval_loss_before": untrained,
         "memory": times.get("memory"),
     }
+
+
+def run_llamafactory(folder: Path, clock: type) -> tuple[Any, int]:
+    """Trains by LLaMA-Factory's own entry point, from files, as it wants them; the model and how many steps it took."""
+    import torch
+    from llamafactory.train.tuner import run_exp
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+    make_base(torch.float32).save_pretrained(folder / "base")
+    special = {"pad_token": _word(0), "bos_token": _word(1), "eos_token": _word(2)}
+    PreTrainedTokenizerFast(tokenizer_object=_word_level(), **special).save_pretrained(folder / "base")
+    rows = []
+    for one in make_examples(TRAIN_EXAMPLES, seed=2):
+        parts = one["input_ids"][: one["loss_spans"][0]], one["input_ids"][one["loss_spans"][0] :]
+        prompt, completion = (" ".join(map(_word, part)) for part in parts)
+        rows.append({"instruction": prompt, "input": "", "output": completion})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    found: dict[str, Any] = {}
+
+    class Start(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+            same_start(model)
+
+        def on_train_end(self, _: Any, state: Any, *__: Any, model: Any, **___: Any) -> None:
+            found.update(model=model, steps=state.global_step)
+
+    arguments = settings(
+        str(folder / "out"), model_name_or_path=str(folder / "base"), stage="sft", do_train=True, template="empty",
+        dataset="rows", dataset_dir=str(folder), cutoff_len=MAX_LENGTH, neat_packing=True, bf16=True,
+        finetuning_type="lora", lora_rank=8, lora_alpha=16, lora_dropout=0.0,
+        lora_target="q_proj,k_proj,v_proj,o_proj", disable_gradient_checkpointing=True, preprocessing_num_workers=1,
+        per_device_train_batch_size=1, report_to="none",
+    )  # fmt: skip
+    run_exp(arguments, callbacks=[Start(), clock()])
+    return found["model"], found["steps"]
 
 
 def same_start(model: Any) -> None:
@@ -306,6 +358,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="contenders, separated by commas; all that the CPU computes where not given")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread, CPU seconds")
+    parser.add_argument("--llamafactory", type=Path, help="the Python of a venv that has LLaMA-Factory")
     parser.add_argument("--device", choices=SCALES, default=DEVICE)
     parser.add_argument("--results", type=Path, help="a JSON-lines file to add to; the table is of all that is in it")
     options = parser.parse_args()
@@ -316,13 +369,14 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     if options.results and options.results.exists():
         results = [json.loads(line) for line in options.results.read_text().splitlines()]
-    names = options.only.split(",") if options.only else measurable(options.device)
+    names = options.only.split(",") if options.only else measurable(options.device, options.llamafactory)
     if left_out := [name for name in CONTENDERS if name not in names]:
         print(f"left out: {', '.join(left_out)}", flush=True)
     first = 1 + max((result["round"] for result in results), default=-1)
     for number in range(first, first + options.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            command = [sys.executable, __file__, "--worker", name, "--clock", options.clock]
+            python = options.llamafactory if name.startswith("llamafactory") else sys.executable
+            command = [python, __file__, "--worker", name, "--clock", options.clock]
             env = {**os.environ, "BENCH_DEVICE": options.device}
             done = subprocess.run(command, capture_output=True, text=True, env=env)
             if done.returncode:
