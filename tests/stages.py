@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kubepeft import digest, manifest, stage
+from kubepeft import digest, manifest, progress, stage
 from kubepeft.stage import InferStage, PreparedRef, PrepareStage, Result, TrainStage
 from kubepeft.types import FineTune
 
@@ -152,6 +153,14 @@ class Running:
             raise AssertionError(f"still running after {timeout} s:\n{self.log()}") from None
         assert self.result_file.exists(), self.log()
         return Ended(code, Result.model_validate_json(self.result_file.read_bytes()), self.log())
+
+
+def figures_of(running: Running) -> dict[str, float]:
+    """What the stage's metrics page says; nothing before there is one."""
+    if not running.port_file.exists() or not (port := running.port_file.read_text()):
+        return {}
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+        return progress.parse(page.read().decode())
 
 
 def run(document: Stage, work: Path, env: Mapping[str, str] | None = None) -> Ended:

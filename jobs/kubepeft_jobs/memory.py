@@ -47,9 +47,8 @@ def free(device: torch.device) -> int:
 
 def peak() -> int:
     """Bytes: the most that torch has held of this GPU, or the most this process has held."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

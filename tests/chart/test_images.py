@@ -4,7 +4,6 @@ The jobs image is run by the tests on a real node.
 """
 
 import json
-import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -26,26 +25,14 @@ def operator_image() -> str:
 @pytest.fixture(scope="module")
 def container(operator_image: str) -> Iterator[str]:
     """A container of the image, to run programs in."""
-    name = buildah("from", operator_image).strip()
+    name = images.run_buildah("from", operator_image).strip()
     yield name
-    buildah("rm", name)
-
-
-def buildah(*arguments: str) -> str:
-    """What buildah prints, in the tests' own storage.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    done = subprocess.run(images._buildah(*arguments), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"buildah {' '.join(arguments)}: {done.stderr}")
-    return done.stdout
+    images.run_buildah("rm", name)
 
 
 def python(container: str, code: str) -> str:
     """What a Python program prints as the image's own user."""
-    return buildah(
+    return images.run_buildah(
         "run", "--isolation", "chroot", "--user", "65532:65532", container, "--", "python", "-c", code
     ).strip()
 
@@ -55,7 +42,7 @@ def test_it_is_small(operator_image: str) -> None:
 
 
 def test_it_says_what_it_is_and_runs_as_nobody_without_a_shell(operator_image: str) -> None:
-    config = json.loads(buildah("inspect", "--type", "image", operator_image))["OCIv1"]["config"]
+    config = json.loads(images.run_buildah("inspect", "--type", "image", operator_image))["OCIv1"]["config"]
     assert config["User"] == "65532:65532"
     assert config["Entrypoint"] == ["python", "-m", "kubepeft_operator"]
     labels = {key.removeprefix("org.opencontainers.image."): value for key, value in config["Labels"].items()}
@@ -73,7 +60,7 @@ def test_it_is_quickly_loaded_from_compiled_code(container: str) -> None:
 
 
 def test_it_says_how_it_is_called(container: str) -> None:
-    told = buildah(
+    told = images.run_buildah(
         "run",
         "--isolation",
         "chroot",

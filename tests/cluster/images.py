@@ -17,6 +17,7 @@ import subprocess
 import tarfile
 import tempfile
 import threading
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -273,10 +274,28 @@ def _buildah(*arguments: str | Path) -> tuple[str | Path, ...]:
     )
 
 
-def _run(*argv: str | Path) -> None:
-    done = subprocess.run(argv, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+_BUSY = "sealing memfd copy: Device or resource busy"
+"""buildah starts itself from a copy in memory, and now and then can't seal it yet: nothing has been done then."""
+
+
+def run_buildah(*arguments: str | Path) -> str:
+    """What buildah prints, in the tests' own storage.
+
+    Raises:
+        CannotBuild: it failed; the message ends with what it said.
+    """
+    return _run(*_buildah(*arguments))
+
+
+def _run(*argv: str | Path) -> str:
+    for again in (True, True, False):
+        done = subprocess.run(argv, env=_environment(), capture_output=True, text=True)
+        if not (again and done.returncode and _BUSY in done.stderr):
+            break
+        time.sleep(1)
     if done.returncode:
-        raise CannotBuild(f"{' '.join(map(str, argv))} failed:\n{done.stdout[-4000:]}")
+        raise CannotBuild(f"{' '.join(map(str, argv))} failed:\n{(done.stdout + done.stderr)[-4000:]}")
+    return done.stdout
 
 
 def _environment() -> dict[str, str]:

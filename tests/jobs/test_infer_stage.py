@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from kubepeft.types import FineTune
-from tests.stages import Running, fine_tune, infer_document, prepared, run, train_document, write_chats, write_lines
+from tests.stages import (
+    Running,
+    figures_of,
+    fine_tune,
+    infer_document,
+    prepared,
+    run,
+    train_document,
+    write_chats,
+    write_lines,
+)
 
 LINES = 400
 
@@ -69,6 +79,8 @@ def test_after_a_kill_no_kept_answer_is_made_again_and_the_end_is_the_same(
 def test_sigterm_keeps_the_answers_and_the_next_attempt_goes_on(trained: Path, qwen2: Path, tmp_path: Path) -> None:
     document = infer_document(questions(trained, qwen2, tmp_path, MANY), output_uri=f"file://{tmp_path}/out")
     running = Running(document, tmp_path / "w")
+    running.wait_for(lambda: "kubepeft_inference_completed" in figures_of(running))
+    assert figures_of(running)["kubepeft_inference_completed"] == 0, "a rate would miss the first answers"
     running.wait_for(lambda: any((tmp_path / "out").glob(".chunks/*/00000/*.jsonl")))
     running.process.send_signal(signal.SIGTERM)
     saved = running.end()

@@ -6,16 +6,24 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 
-from kubepeft import progress, stage
+from kubepeft import stage
 from kubepeft.stage import Result
 from kubepeft_jobs.supervisor import smaller_micro_batch
-from tests.stages import Running, fine_tune, prepare_document, prepared, train_document, write_chats, write_lines
+from tests.stages import (
+    Running,
+    figures_of,
+    fine_tune,
+    prepare_document,
+    prepared,
+    train_document,
+    write_chats,
+    write_lines,
+)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +175,3 @@ def test_prepare_stops_at_once_on_sigterm(qwen2: Path, tmp_path: Path) -> None:
     ended = running.end(timeout=30)
     assert (ended.code, ended.result.outcome) == (143, "Saved"), ended.log
     assert not list((tmp_path / "out").rglob("manifest.json"))
-
-
-def figures_of(running: Running) -> dict[str, float]:
-    """What the stage's metrics page says; nothing before there is one."""
-    if not running.port_file.exists() or not (port := running.port_file.read_text()):
-        return {}
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
-        return progress.parse(page.read().decode())

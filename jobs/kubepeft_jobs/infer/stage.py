@@ -211,6 +211,7 @@ def _answer(
     """Answer the lines of this shard that are not in `done`, keeping the answers as they come."""
     stopping = _OnSigterm()
     tally = _Tally(total, len(done))
+    tally.report()  # before anything is loaded: a rate is seen from the first answer on only if the counter was seen before it
     loaded: Engine | None = None
     for window in _windows((line for line in _lines(names, shard, stage.shards) if line.place not in done), WINDOW):
         requests: dict[str, tuple[int, Request]] = {}
