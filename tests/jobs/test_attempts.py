@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kubepeft.storage import publish
+from kubepeft.storage.local import LocalStore
+from kubepeft_jobs.train import published
 from tests.stages import Running, fine_tune, prepare_document, prepared, run, train_document, write_chats, write_lines
 
 
@@ -42,6 +46,29 @@ def test_of_two_attempts_at_once_one_publishes_and_both_report_the_same_adapter(
     assert one.result.adapter == other.result.adapter
     assert sorted((one.result.found_published, other.result.found_published)) == [False, True]
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter")
+
+
+def test_a_report_that_the_winner_puts_in_place_meanwhile_is_no_error(qwen2: Path, tmp_path: Path) -> None:
+    class Overtaken(LocalStore):
+        """Between a look at the report and its copy another attempt has done both steps."""
+
+        def copy(self, keys: Mapping[str, str]) -> None:
+            super().copy(keys)
+            super().delete(keys)
+            super().copy(keys)
+
+    found = fine_tune(qwen2, write_chats(tmp_path / "train.jsonl"), tmp_path / "out", training={"maxSteps": 2})
+    document = train_document(found, prepared(found, tmp_path / "w"))
+    assert run(document, tmp_path / "w").code == 0
+    place = published.Place.of(document)
+    manifest = publish.read_manifest(place.store, place.key("adapter"))
+    assert manifest is not None
+    assert isinstance(place.store, LocalStore)
+    slow = published.Place(Overtaken(place.store._root, place.store._base), place.root)
+    page = (tmp_path / "out" / "report.html").rename(tmp_path / "page.html")
+    slow.store.upload({published.report_of(slow, manifest.attempt): page})
+    assert published.result(document, slow, manifest, found_published=True).outcome == "Succeeded"
+    assert (tmp_path / "out" / "report.html").read_bytes() == page.read_bytes()
 
 
 def test_the_merged_model_answers_as_the_adapter_does(qwen2: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.stages import (
     write_lines,
 )
 
-LINES = 400
+LINES = 2000
 
 
 @pytest.fixture(scope="module")

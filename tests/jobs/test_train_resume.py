@@ -11,7 +11,8 @@ import pytest
 from kubepeft.types import FineTune
 from tests.stages import Running, fine_tune, prepared, run, train_document, write_chats
 
-STEPS = 40
+STEPS = 100
+"""A second or two even of a fast machine, so that a signal comes before the end."""
 
 
 def run_of(qwen2: Path, tmp_path: Path, name: str, **training: object) -> FineTune:
@@ -81,7 +82,7 @@ def test_a_kill_loses_only_what_came_after_the_last_checkpoint(
 
 
 def test_two_workers_stop_at_the_same_step_and_go_on(qwen2: Path, tmp_path: Path) -> None:
-    found = run_of(qwen2, tmp_path, "out", perDeviceTrainBatchSize=2)
+    found = run_of(qwen2, tmp_path, "out", perDeviceTrainBatchSize=2, maxSteps=2 * STEPS)
     document = train_document(found, prepared(found, tmp_path / "w"), workers=2)
     running = Running(document, tmp_path / "w")
     running.wait_for("checkpoint of step 4 is in storage")

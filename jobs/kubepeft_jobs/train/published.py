@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kubepeft import digest, storage
+from kubepeft.errors import UserError
 from kubepeft.stage import AdapterResult, Result, TrainingResult, TrainStage, adapter_uri
 from kubepeft.storage import publish
 from kubepeft.storage.store import Store, join
@@ -52,7 +53,11 @@ def result(stage: TrainStage, place: Place, manifest: publish.Manifest, *, found
     """The result that a published adapter stands for; puts its report in place where a killed winner had not."""
     report = report_of(place, manifest.attempt)
     if place.store.stat(report) is not None:
-        place.store.copy({report: place.key("report.html")})
+        try:
+            place.store.copy({report: place.key("report.html")})
+        except UserError as error:
+            if error.reason != "NoSuchKey":  # that one means that the winner has just put it in place itself
+                raise
         place.store.delete([report])
     return Result(
         stage="train",
