@@ -7,6 +7,7 @@ published adapter with plain PEFT and answers the held-out prompts without and w
 from __future__ import annotations
 
 import json
+import logging as stdlib_logging
 import signal
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def main() -> int:
 
 def answers(questions: list[dict]) -> dict[str, str]:
     """What the bare base answers: the published adapter loaded by plain PEFT, and switched off."""
+    stdlib_logging.getLogger("bitsandbytes").setLevel(stdlib_logging.ERROR)  # of kernels it would have liked to fetch
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer, logging

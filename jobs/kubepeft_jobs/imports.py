@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ def quick() -> Iterator[None]:
 
     What an import makes stays, so the garbage collector, which otherwise goes through all of it again and again, rests meanwhile. And
     bitsandbytes, which peft imports wherever it is installed, may not hand its fallback kernels to torch.compile: that loads all of
-    inductor, and bitsandbytes runs them as they are without.
+    inductor, and bitsandbytes runs them as they are without. Nor does it tell of kernels that it would have liked to fetch from the hub.
     """
     gc.disable()
     try:
@@ -27,12 +28,16 @@ def quick() -> Iterator[None]:
 def _import_bitsandbytes() -> None:
     import torch
 
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     compile, torch.compile = torch.compile, _refuse
     try:
         with contextlib.suppress(ImportError):
             import bitsandbytes  # noqa: F401
     finally:
         torch.compile = compile
+        logger.setLevel(level)
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
