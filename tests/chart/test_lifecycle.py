@@ -75,5 +75,6 @@ def test_a_release_lives_and_its_users_objects_outlive_it(cluster: ControlPlane,
     run("upgrade", RELEASE, CHART, crds={"keep": False})
     cluster.kubectl("delete", "ft", "kept")
     run("uninstall", RELEASE)
+    cluster.kubectl("wait", "--for=delete", "crd/finetunes.kubepeft.io", "--timeout=60s")
     with pytest.raises(RuntimeError, match="NotFound"):
         get(cluster, "crd", "finetunes.kubepeft.io")
