@@ -59,16 +59,20 @@ def to_yaml() -> str:
 
 def _definition(kind: str) -> Schema:
     schema = structural(KINDS[kind])
-    spec = schema["properties"]["spec"]
-    spec["x-kubernetes-validations"] = [*spec.get("x-kubernetes-validations", []), *_fixed_at_creation(spec)]
+    spec, status = schema["properties"]["spec"], schema["properties"]["status"]
+    for field in (*spec["properties"].values(), *status["properties"].values()):
+        if "properties" in field:
+            # One owner for the whole field, which is fixed or the operator's: the API server then tracks it as one, not leaf by leaf.
+            field["x-kubernetes-map-type"] = "atomic"
     schema["properties"] = {
         "apiVersion": {"type": "string"},
         "kind": {"type": "string"},
         "metadata": {"type": "object"},
         "spec": spec,
-        "status": schema["properties"]["status"],
+        "status": status,
     }
     schema["required"] = ["spec"]
+    schema["x-kubernetes-validations"] = [_fixed_at_creation(spec)]
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -93,21 +97,32 @@ def _definition(kind: str) -> Schema:
     }
 
 
-def _fixed_at_creation(spec: Schema) -> list[Schema]:
-    """One simple rule a field: it may neither appear, vanish nor change."""
-    rules = []
+def _fixed_at_creation(spec: Schema) -> Schema:
+    """No field but the changeable ones may appear, vanish or change.
+
+    The API server evaluates rules at every write of the status too, and comparing a spec is most of such a write's cost. Through
+    the status subresource nothing but the status can change, and through the object itself never the status: where it
+    differs, the spec is the old one.
+    """
+    same = {}
     for name in spec["properties"]:
         if name in CHANGEABLE:
             continue
-        same = f"self.{name} == oldSelf.{name}"
+        mine, old = f"self.spec.{name}", f"oldSelf.spec.{name}"
+        same[name] = f"{mine} == {old}"
         if name not in spec["required"]:
-            # The API server evaluates this at every update of the status, and every lookup costs it; it can't bound the cost of `self.?name`.
-            same = f"has(self.{name}) ? has(oldSelf.{name}) && {same} : !has(oldSelf.{name})"
-        changeable = ", ".join(CHANGEABLE)
-        rules.append(
-            {"rule": same, "message": f"{name} is fixed at creation (only {changeable} may change); make a new object"}
-        )
-    return rules
+            # It can't bound the cost of `self.spec.?name`.
+            same[name] = f"(has({mine}) ? has({old}) && {same[name]} : !has({old}))"
+    may_change = f"(only {', '.join(CHANGEABLE)} may change); make a new object"
+    changed = " + ".join(f"({rule} ? '' : '{name} ')" for name, rule in same.items())
+    return {
+        "rule": "has(self.status) && (!has(oldSelf.status) || self.status != oldSelf.status) || "
+        + " && ".join(same.values()),
+        "messageExpression": f"'fixed at creation: ' + {changed} + '{may_change}'",
+        "message": f"a field that is fixed at creation {may_change}",
+        "reason": "FieldValueForbidden",
+        "fieldPath": ".spec",
+    }
 
 
 def structural(kind: type[Type]) -> Schema:

@@ -155,7 +155,7 @@ def test_a_field_is_fixed_at_creation(admin: Api, namespace: str, field: str) ->
         "credentials": {"s3": "t"}, "backoffLimit": 6,
     }  # fmt: skip
     admin.create(FINE_TUNES, namespace, document("FineTune", whole))
-    with pytest.raises(ApiError, match=f"{field} is fixed at creation"):
+    with pytest.raises(ApiError, match=rf"spec: Forbidden: fixed at creation: {field} \(only suspend"):
         admin.patch(FINE_TUNES, namespace, "x", {"spec": {field: changes[field]}})
     allowed: dict[str, Any] = {"suspend": True, "ttlSecondsAfterFinished": 1, "activeDeadlineSeconds": 1}
     admin.patch(FINE_TUNES, namespace, "x", {"spec": allowed})
