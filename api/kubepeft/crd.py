@@ -145,10 +145,6 @@ def _inlined(node: Any, defs: Schema) -> Any:
         if len(real) != 1:
             raise TypeError(f"a structural schema has no unions: {real}")
         node = {**_inlined(real[0], defs), **node}
-    if node.get("default", 0) is None:
-        del node["default"]
-    if "default" in node and "properties" in node:
-        node["default"] = {}  # the server fills in the defaults of the fields within
     if "const" in node:
         node["enum"] = [node.pop("const")]
     if not isinstance(node.get("exclusiveMinimum", True), bool):
@@ -163,9 +159,14 @@ def _inlined(node: Any, defs: Schema) -> Any:
     }
     if "properties" in node:
         out["properties"] = {name: _inlined(one, defs) for name, one in node["properties"].items()}
-    for kept in ("enum", "default", "required"):
+    for kept in ("enum", "required"):
         if kept in node:
             out[kept] = node[kept]
+    default = node.get("default")
+    if default is not None and any("default" in one for one in out.get("properties", {}).values()):
+        out["default"] = {}  # the server fills in the defaults of the fields within
+    elif default not in (None, [], {}) and "properties" not in out:
+        out["default"] = default  # but nothing isn't spelled out in every object
     if isinstance(extra, dict):
         out["additionalProperties"] = _inlined(extra, defs)
     if "x-kubernetes-int-or-string" in out:
