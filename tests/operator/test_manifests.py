@@ -159,3 +159,39 @@ def test_a_field_is_fixed_at_creation(admin: Api, namespace: str, field: str) ->
         admin.patch(FINE_TUNES, namespace, "x", {"spec": {field: changes[field]}})
     allowed: dict[str, Any] = {"suspend": True, "ttlSecondsAfterFinished": 1, "activeDeadlineSeconds": 1}
     admin.patch(FINE_TUNES, namespace, "x", {"spec": allowed})
+
+
+def test_a_changed_spec_does_not_pass_beside_a_changed_status(admin: Api, namespace: str) -> None:
+    """The rule compares the spec only where the status is the same: no request may change both."""
+    made = admin.create(FINE_TUNES, namespace, document("FineTune", {"gpus": 2}))
+    made["status"] = {"phase": "Training"}
+    made = admin.replace(FINE_TUNES, namespace, "x", made, subresource="status")
+    made["spec"]["gpus"], made["status"]["phase"] = 4, "Succeeded"
+    with pytest.raises(ApiError, match=r"fixed at creation: gpus \("):
+        admin.replace(FINE_TUNES, namespace, "x", made)
+    written = admin.replace(FINE_TUNES, namespace, "x", made, subresource="status")
+    assert (written["spec"]["gpus"], written["status"]["phase"]) == (2, "Succeeded")
+    written["metadata"]["labels"] = {"team": "a"}
+    assert admin.replace(FINE_TUNES, namespace, "x", written)["status"]["phase"] == "Succeeded"
+
+
+def test_the_same_manifest_applied_again_changes_nothing(admin: Api, namespace: str) -> None:
+    wished = document("FineTune", {"training": {"seed": 1}, "pod": {"labels": {"a": "b"}}, "suspend": False})
+    applied = [
+        admin.patch(FINE_TUNES, namespace, "x", wished, kind="apply", field_manager=manager)
+        for manager in ("kubectl", "kubectl", "gitops")
+    ]
+    assert applied[0]["spec"]["training"]["learningRate"] == 2e-4, "defaults are filled in within a field"
+    assert applied[0]["metadata"]["resourceVersion"] == applied[1]["metadata"]["resourceVersion"]
+    assert [one["metadata"]["generation"] for one in applied] == [1, 1, 1]
+    assert [one["manager"] for one in applied[2]["metadata"]["managedFields"]] == ["gitops", "kubectl"]
+
+
+def test_what_is_not_there_is_not_spelled_out(admin: Api, namespace: str) -> None:
+    spec = admin.create(FINE_TUNES, namespace, document("FineTune", {}))["spec"]
+
+    def empty(value: Any) -> bool:
+        return value in ({}, []) or (isinstance(value, dict) and any(empty(one) for one in value.values()))
+
+    assert not empty(spec)
+    assert spec["training"]["learningRate"] == 2e-4
