@@ -136,8 +136,12 @@ def test_four_shards_answer_every_question_once_though_one_of_their_pods_is_kill
     team.apply(fine_tune("bot", inference=None))
     # Applied together: it waits for the adapter by itself.
     team.apply(batch_inference("questions", adapter={"fineTune": "bot"}, shards=4))
-    waiting = team.wait_until("questions", lambda status: status.get("conditions"), BATCH_INFERENCES)
-    assert team.condition("questions", path=BATCH_INFERENCES)["reason"] == "WaitingForAdapter", waiting
+    # The operator may see it before it sees the FineTune.
+    team.wait_until(
+        "questions",
+        lambda _: team.condition("questions", path=BATCH_INFERENCES).get("reason") == "WaitingForAdapter",
+        BATCH_INFERENCES,
+    )
     team.wait_for("bot", "Succeeded")
     victim = team.running("infer", "questions")
     team.kubectl("delete", "pod", victim["metadata"]["name"], "--grace-period=0", "--force")
